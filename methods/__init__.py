@@ -1,0 +1,1 @@
+"""Methods of activation sparsity behind one interface."""
