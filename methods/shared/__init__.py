@@ -1,0 +1,1 @@
+"""What several methods need: calibration statistics, clustering of neurons, the training loop."""

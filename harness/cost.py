@@ -1,0 +1,184 @@
+"""FLOPs and bytes: exact counts from shapes and realised densities (docs/protocol.md says what each number means).
+
+Rules: 2 FLOPs per multiply-add; linear layers, lm_head and the two attention matmuls are counted, norms, activations
+and comparisons are not. Bytes are what must come from memory for one decoded token: weights, router or predictor,
+KV cache. Activations and index lists are made and used within the step and stay on chip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from methods.families import blocks
+
+if TYPE_CHECKING:
+    from methods import SparseModel
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Cost of one decoded token with `context` tokens in the cache, at `batch` sequences a step.
+
+    flops_dense: the dense model; flops: executed, overhead included; flops_overhead: routers and predictors.
+    bytes: per token, weights shared by the batch; bytes_dense: the same for the dense model.
+    """
+
+    context: int
+    batch: int
+    flops_dense: int
+    flops: int
+    flops_overhead: int
+    bytes_dense: int
+    bytes: int
+    bytes_weights: int
+    bytes_kv: int
+    bytes_overhead: int
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """FLOPs to process a prompt of `context` tokens, the logits of its last position included."""
+
+    context: int
+    flops_dense: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What counting needs of a model; element counts, and heads for attention."""
+
+    linears: dict[tuple[int, str], int]  # weights of every linear layer in the blocks, by (block, name)
+    head: int  # weights of lm_head
+    query: int  # query heads x head size, all blocks
+    kv: int  # elements a token adds to the cache, keys and values, all blocks
+    itemsize: int  # bytes per weight and per cache element
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Shape:
+        linears: dict[tuple[int, str], int] = {}
+        query = kv = 0
+        for block in blocks(model):
+            linears.update({(block.index, name): linear.weight.numel() for name, linear in block.linears.items()})
+            query += block.linears["q"].out_features
+            kv += block.linears["k"].out_features + block.linears["v"].out_features
+        head = model.get_output_embeddings().weight
+        return cls(linears, head.numel(), query, kv, head.element_size())
+
+    @property
+    def dense(self) -> int:
+        return sum(self.linears.values())
+
+
+def dense_layers(shape: Shape) -> dict[tuple[int, str], float]:
+    """Density 1 for every linear layer."""
+    return dict.fromkeys(shape.linears, 1.0)
+
+
+def densities(handle: SparseModel, shape: Shape, unions: bool = False) -> dict[tuple[int, str], float]:
+    """Realised density of every linear layer in the blocks, from the handle's meter; 1 where nothing is sparse.
+
+    unions: the share of units that any sequence of the batch used, from one-position passes, instead of the mean
+    over tokens. A site that the meter has not seen counts as dense.
+    """
+    import torch
+
+    found = dense_layers(shape)
+    for layer in handle.layers():
+        counts = (handle.meter.unions if unions else handle.meter.counts).get((layer.site, layer.layer))
+        if counts:
+            flat = torch.cat([c.reshape(-1) for c in counts]).double()
+            density = float(flat.mean()) / layer.units
+            found.update({(layer.layer, name): density for name in layer.linears()})
+    return found
+
+
+def site_table(handle: SparseModel) -> dict[str, dict[str, Any]]:
+    """Per site: mean density, 99th percentile over tokens and layers, and the mean of every layer."""
+    import torch
+
+    sites: dict[str, dict[str, Any]] = {}
+    for site in dict.fromkeys(layer.site for layer in handle.layers()):
+        shares, means = [], []
+        for layer in handle.layers():
+            counts = handle.meter.counts.get((layer.site, layer.layer))
+            if layer.site == site and counts:
+                shares.append(torch.cat(counts).double() / layer.units)
+                means.append(round(float(shares[-1].mean()), 5))
+        if shares:
+            pooled = torch.cat(shares)
+            p99 = float(pooled.sort().values[min(len(pooled) - 1, int(0.99 * len(pooled)))])
+            sites[site] = {"mean": round(float(pooled.mean()), 5), "p99": round(p99, 5), "layers": means}
+    return sites
+
+
+def model_density(shape: Shape, found: dict[tuple[int, str], float]) -> float:
+    """Parameter-weighted density over the linear layers of the blocks; embeddings and lm_head are not in it."""
+    return _active(shape, found) / shape.dense
+
+
+def _active(shape: Shape, found: dict[tuple[int, str], float]) -> float:
+    # Products of integers when every density is 1, so that the null method's count is exactly the dense one.
+    return sum(weights if found[key] == 1.0 else weights * found[key] for key, weights in shape.linears.items())
+
+
+def decode_cost(
+    shape: Shape,
+    tokens: dict[tuple[int, str], float],
+    union: dict[tuple[int, str], float],
+    overhead: int,
+    context: int,
+    batch: int,
+) -> Decode:
+    """tokens: density per token (FLOPs follow it); union: density over the batch (bytes follow it); overhead: router
+    parameters, read and multiplied in full."""
+    attention = 4 * shape.query * context  # scores and values, 2 FLOPs per multiply-add each
+    kv = shape.kv * context * shape.itemsize
+    dense_flops = 2 * (shape.dense + shape.head) + attention
+    weights = (_active(shape, union) + shape.head) * shape.itemsize / batch
+    extra = overhead * shape.itemsize / batch
+    return Decode(
+        context=context,
+        batch=batch,
+        flops_dense=dense_flops,
+        flops=round(2 * (_active(shape, tokens) + shape.head) + attention + 2 * overhead),
+        flops_overhead=2 * overhead,
+        bytes_dense=round((shape.dense + shape.head) * shape.itemsize / batch) + kv,
+        bytes=round(weights + extra) + kv,
+        bytes_weights=round(weights),
+        bytes_kv=kv,
+        bytes_overhead=round(extra),
+    )
+
+
+def prefill_cost(
+    shape: Shape, tokens: dict[tuple[int, str], float], overhead: int, context: int, share: float
+) -> Prefill:
+    """share: how many of the prompt's positions are sparse (0 in mode decode, 1 in mode all)."""
+    attention = 2 * shape.query * context * (context + 1)  # the causal half
+    dense = 2 * (shape.dense * context + shape.head) + attention
+    sparse = round(share * context)
+    executed = shape.dense * (context - sparse) + (_active(shape, tokens) + overhead) * sparse
+    return Prefill(context, dense, round(2 * (executed + shape.head)) + attention)
+
+
+def record(handle: SparseModel, shape: Shape, context: int, batch: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The record's `cost` and `density` blocks, from what the meter has seen."""
+    tokens = densities(handle, shape)
+    layers = handle.layers()
+    union = densities(handle, shape, unions=True) if batch > 1 and handle.meter.unions else tokens
+    overhead = sum(layer.overhead for layer in layers)
+    cost = {
+        "decode": asdict(decode_cost(shape, tokens, union, overhead, context, batch)),
+        "prefill": asdict(prefill_cost(shape, tokens, overhead, context, handle.fraction)),
+    }
+    if not layers:
+        return cost, None
+    density = {
+        "model": round(model_density(shape, tokens), 5),
+        "sites": site_table(handle),
+        "union": round(model_density(shape, union), 5) if batch > 1 else None,
+    }
+    return cost, density

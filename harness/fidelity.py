@@ -1,0 +1,151 @@
+"""How far a sparse model strays from the dense one on held-out text: perplexity, KL divergence, greedy agreement.
+
+Every window is [context | scored]: the first half is context, the second half is scored. Under mode `decode` the
+context is dense and the scored half is fed through the sparse path, as decoding would; one batched pass with a
+per-position mask computes exactly that, because attention is causal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from methods import SparseModel
+    from torch import nn
+
+GENERATED = 64  # tokens of dense text per prompt, for greedy agreement
+KERNEL_CHECK_TOKENS = 16
+
+
+@dataclass
+class DenseReference:
+    """What the dense model says about the windows, computed once: log-probabilities and its own greedy text."""
+
+    logprobs: list[Tensor] = field(default_factory=list)  # per batch, float16 [b, scored, vocab], on the CPU
+    text: Tensor | None = None  # int64 [prompts, context + GENERATED]
+
+
+def scored_mask(windows: Tensor, scored: int) -> Tensor:
+    """bool [n, window - 1]: the inputs whose outputs are scored, i.e. those fed during decoding."""
+    length = windows.shape[1] - 1
+    return (torch.arange(length, device=windows.device) >= length - scored).expand(len(windows), -1)
+
+
+def active_positions(handle: SparseModel, windows: Tensor, scored: int) -> bool | Tensor:
+    """Which inputs go through the sparse path: the scored ones under `decode`, more under `all` and `last-<x>%`."""
+    if handle.fraction == 1.0:
+        return True
+    mask = scored_mask(windows, scored)
+    context = mask.shape[1] - scored
+    prompt = handle.mask(len(windows), context, windows.device)
+    if isinstance(prompt, Tensor):
+        mask = torch.cat([prompt, mask[:, context:]], dim=1)
+    return mask
+
+
+@torch.inference_mode()
+def measure(
+    model: nn.Module,
+    handle: SparseModel,
+    windows: Tensor,
+    dense: DenseReference,
+    bytes_per_token: float,
+    batch: int,
+    progress: Callable[[float, float], None],
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Fidelity over `windows` (int64 [n, window], even window); returns the record block and the per-window items.
+
+    `dense` is filled by the dense method's own cell and read by all others. The handle's meter listens throughout.
+    Perplexity is exp of the mean negative log-likelihood over all scored tokens; bits per byte uses the mean length
+    in bytes of this text's tokens; KL is KL(dense || sparse) in nats per token; greedy agreement is the share of
+    positions in the dense model's own generated text where the sparse model would pick the same token.
+    """
+    device = next(model.parameters()).device
+    windows = windows.to(device)
+    scored = windows.shape[1] // 2
+    first = not dense.logprobs
+    items: dict[str, list[float]] = {"nll": [], "tokens": [], "kl": [], "agreement": []}
+    with handle.meter.on():
+        for at, start in enumerate(range(0, len(windows), batch)):
+            part = windows[start : start + batch]
+            with handle.positions(active_positions(handle, part, scored)):
+                logits = model(input_ids=part[:, :-1], use_cache=False, logits_to_keep=scored).logits
+            logprobs = F.log_softmax(logits.float(), dim=-1)
+            nll = -logprobs.gather(-1, part[:, -scored:, None]).squeeze(-1)
+            items["nll"] += nll.mean(1).tolist()
+            items["tokens"] += [scored] * len(part)
+            if first:
+                dense.logprobs.append(logprobs.to("cpu", torch.float16))
+                items["kl"] += [0.0] * len(part)
+            else:
+                reference = dense.logprobs[at].to(device).float()
+                kl = (reference.exp() * (reference - logprobs)).sum(-1)
+                items["kl"] += kl.mean(1).clamp(min=0).tolist()
+            progress(min(start + batch, len(windows)), len(windows))
+    if dense.text is None:
+        dense.text = greedy(model, windows[: min(8, len(windows)), :scored], GENERATED)
+    items["agreement"] = agreement(model, handle, dense.text)
+    mean = sum(items["nll"]) / len(items["nll"])
+    block = {
+        "perplexity": float(torch.tensor(mean).exp()),
+        "bits_per_byte": mean / 0.6931471805599453 / bytes_per_token,
+        "kl": sum(items["kl"]) / len(items["kl"]),
+        "greedy_agreement": sum(items["agreement"]) / len(items["agreement"]),
+        "tokens": scored * len(windows),
+        "window": windows.shape[1],
+        "scored": scored,
+        "kernel_difference": kernel_check(model, handle, windows[:1], scored),
+    }
+    return block, items
+
+
+@torch.inference_mode()
+def greedy(model: nn.Module, prompts: Tensor, new: int) -> Tensor:
+    """Greedy continuation with a KV cache; prompts: int64 [n, length]; returns [n, length + new]."""
+    from transformers import DynamicCache
+
+    cache, tokens, step = DynamicCache(config=model.config), [prompts], prompts
+    for _ in range(new):
+        step = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        tokens.append(step)
+    return torch.cat(tokens, dim=1)
+
+
+def agreement(model: nn.Module, handle: SparseModel, text: Tensor) -> list[float]:
+    """Per text: the share of its last GENERATED tokens that the sparse model picks too, given the same prefix."""
+    with handle.positions(active_positions(handle, text, GENERATED)):
+        logits = model(input_ids=text[:, :-1], use_cache=False, logits_to_keep=GENERATED).logits
+    return (logits.argmax(-1) == text[:, -GENERATED:]).float().mean(1).tolist()
+
+
+def kernel_check(model: nn.Module, handle: SparseModel, window: Tensor, scored: int) -> float:
+    """Largest difference between the batched masked pass and a token-by-token decode of the same text.
+
+    The decode runs the path that is timed (the kernels on a GPU), the batched pass the reference path; the result is
+    the largest absolute difference of log-probabilities over a few tokens.
+    """
+    from transformers import DynamicCache
+
+    steps = min(KERNEL_CHECK_TOKENS, scored)
+    part = window[:, : window.shape[1] - scored + steps]
+    with handle.positions(active_positions(handle, part, steps)):
+        batched = model(input_ids=part[:, :-1], use_cache=False, logits_to_keep=steps).logits.float()
+    cache = DynamicCache(config=model.config)
+    context = part.shape[1] - 1 - steps
+    prompt = handle.mask(1, context, part.device)
+    with handle.positions(prompt):
+        model(input_ids=part[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    decoded = []
+    with handle.sparse():
+        for at in range(context, part.shape[1] - 1):
+            out = model(input_ids=part[:, at : at + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+            decoded.append(out.logits.float())
+    difference = F.log_softmax(torch.cat(decoded, 1), -1) - F.log_softmax(batched, -1)
+    return float(difference.abs().max())

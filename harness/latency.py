@@ -1,0 +1,258 @@
+"""Latency of a decode step, dense and sparse interleaved in one process (docs/protocol.md, "Latency").
+
+A step feeds one token per sequence and returns the next greedy one, so every step sees hidden states the model made
+itself. On a GPU the dense model runs as stock eager, as a CUDA graph, and compiled inside a CUDA graph; the sparse
+model as a CUDA graph and compiled inside one; speed-up is the fastest dense over the fastest sparse. On a CPU the
+reference path is timed, which masks instead of skipping: it is labelled so and never ranked.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from methods.families import layout_of
+from torch import Tensor
+
+from . import stats
+
+if TYPE_CHECKING:
+    from methods import SparseModel
+    from torch import nn
+
+MAX_ROUNDS = 8
+MIN_ROUNDS = 3
+TARGET_NOISE = 0.01  # stop once the interval of the speed-up is this narrow, as a share of the speed-up
+WARM_STEPS = 4
+GPU_STEPS = 32  # timed steps per block
+CPU_STEPS = 6
+
+
+@dataclass
+class Runner:
+    """One way to run a decode step: `rewind` puts the cache back to the prompt, `block` times steps in milliseconds."""
+
+    name: str
+    rewind: Callable[[], None]
+    block: Callable[[int], list[float]]
+
+
+class Decoder:
+    """A greedy decode step over a static cache, with every tensor at a fixed address."""
+
+    def __init__(self, model: nn.Module, prompt: Tensor, steps: int) -> None:
+        from transformers import StaticCache
+
+        self.model, self.prompt = model, prompt
+        batch, context = prompt.shape
+        self.cache = StaticCache(config=model.config, max_cache_len=context + steps)
+        self.extra: dict[str, Tensor] = {}
+        if layout_of(model.config).decode_mask:
+            # Without a mask OPT builds one from the cache length on the host, which no graph can capture.
+            self.extra["attention_mask"] = torch.ones(batch, context + steps, device=prompt.device)
+        positions = torch.arange(context, device=prompt.device)[None]
+        logits = model(
+            input_ids=prompt, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **self.extra
+        ).logits
+        self.first = logits[:, -1:].argmax(-1)
+        self.token = self.first.clone()
+        self.position = torch.full((1, 1), context, device=prompt.device)
+
+    def rewind(self) -> None:
+        """Back to the end of the prompt; later cache entries are masked by position and overwritten."""
+        self.token.copy_(self.first)
+        self.position.fill_(self.prompt.shape[1])
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.prompt.shape[1])
+
+    def step(self, forward: Callable[..., Any]) -> None:
+        logits = forward(
+            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True, **self.extra
+        ).logits
+        self.token.copy_(logits[:, -1:].argmax(-1))
+        self.position.add_(1)
+
+
+class Bench:
+    """Times methods against one model's dense runners, which are built once and run in every comparison."""
+
+    @torch.inference_mode()
+    def __init__(self, model: nn.Module, prompt: Tensor, bandwidth: float | None) -> None:
+        """model: with nothing attached, because the dense graphs keep the addresses of the weights they see here;
+        prompt: int64 [batch, context] on the model's device; bandwidth: measured bytes per second, GPU only."""
+        self.model, self.prompt, self.bandwidth = model, prompt, bandwidth
+        self.gpu = prompt.is_cuda
+        self.notes: list[str] = []
+        self.dense: list[Runner] = self._runners("dense")
+
+    @torch.inference_mode()
+    def measure(
+        self, handle: SparseModel, bytes_per_step: Callable[[], int], progress: Callable[[float, float], None]
+    ) -> dict[str, Any]:
+        """The record's `latency` block. `bytes_per_step` is asked after the timed steps, whose selections it counts."""
+        sparse: list[Runner] = []
+        if handle.layers():
+            with handle.sparse():
+                for layer in handle.layers():
+                    if self.gpu:
+                        layer.materialize()
+                sparse = self._runners("sparse")
+        runners = self.dense + sparse
+        blocks: dict[str, list[list[float]]] = {runner.name: [] for runner in runners}
+        steps = GPU_STEPS if self.gpu else CPU_STEPS
+        stop = "at the limit of rounds"
+        for number in range(MAX_ROUNDS):
+            for runner in runners:  # A B A B: every runner once per round
+                with handle.dense() if runner in self.dense else handle.sparse():
+                    runner.rewind()
+                    blocks[runner.name].append(runner.block(steps))
+            self._count(handle)
+            progress(number + 1, MAX_ROUNDS)
+            if number + 1 >= MIN_ROUNDS and (not sparse or self._noise(blocks, sparse) < TARGET_NOISE):
+                stop = "noise under target" if sparse else "dense only"
+                break
+        if sparse:
+            self._meter_cpu(handle)
+        return self._block(blocks, sparse, stop, bytes_per_step())
+
+    def _noise(self, blocks: dict[str, list[list[float]]], sparse: list[Runner]) -> float:
+        ratio = stats.speedup(blocks[self._fastest(blocks, self.dense)], blocks[self._fastest(blocks, sparse)], 200)
+        return (ratio.high - ratio.low) / 2 / ratio.estimate
+
+    def _fastest(self, blocks: dict[str, list[list[float]]], runners: list[Runner]) -> str:
+        return min((r.name for r in runners), key=lambda name: summary(blocks[name])["median"])
+
+    def _block(
+        self, blocks: dict[str, list[list[float]]], sparse: list[Runner], stop: str, step_bytes: int
+    ) -> dict[str, Any]:
+        baseline = self._fastest(blocks, self.dense)
+        chosen = self._fastest(blocks, sparse) if sparse else baseline
+        batch = self.prompt.shape[0]
+        found: dict[str, Any] = {
+            "path": "gpu" if self.gpu else "cpu-reference",
+            "unit": "ms/step",
+            "batch": batch,
+            "runner": chosen,
+            **summary(blocks[chosen]),
+            "samples": {name: [[round(v, 5) for v in block] for block in b] for name, b in blocks.items()},
+            "dense": {r.name: summary(blocks[r.name]) for r in self.dense},
+            "baseline": baseline,
+            "stopped": stop,
+            "notes": list(self.notes),
+        }
+        if sparse:
+            ratio = stats.speedup(blocks[baseline], blocks[chosen])
+            found["speedup"], found["ci"] = ratio.estimate, [ratio.low, ratio.high]
+            found["verdict"] = stats.verdict((ratio.low, ratio.high))
+        if self.bandwidth:
+            found["limit_ms"] = 1e3 * step_bytes / self.bandwidth
+            found["fraction_of_limit"] = found["limit_ms"] / found["median"]
+            found["read_bandwidth"] = self.bandwidth
+            found["peak_memory"] = torch.cuda.max_memory_allocated()
+        return found
+
+    def _runners(self, prefix: str) -> list[Runner]:
+        if not self.gpu:
+            return [self._eager(f"{prefix} cpu")]
+        made = [self._eager("dense eager")] if prefix == "dense" else []
+        for name, compiled in ((f"{prefix} graph", False), (f"{prefix} compiled", True)):
+            try:
+                made.append(self._graph(name, compiled))
+            except Exception as error:  # torch.compile and capture raise many types; the other runners still count
+                self.notes.append(f"{name} unavailable: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+                torch.cuda.synchronize()
+        if not made:
+            raise RuntimeError(f"no way to run the {prefix} decode step: {'; '.join(self.notes)}")
+        return made
+
+    def _decoder(self) -> Decoder:
+        return Decoder(self.model, self.prompt, WARM_STEPS + max(GPU_STEPS, CPU_STEPS) + 4)
+
+    def _eager(self, name: str) -> Runner:
+        decoder = self._decoder()
+
+        def block(steps: int) -> list[float]:
+            for _ in range(WARM_STEPS):
+                decoder.step(self.model.forward)
+            if self.gpu:
+                return _events(lambda: decoder.step(self.model.forward), steps)
+            samples = []
+            for _ in range(steps):
+                start = perf_counter()
+                decoder.step(self.model.forward)
+                samples.append(1e3 * (perf_counter() - start))
+            return samples
+
+        return Runner(name, decoder.rewind, block)
+
+    def _graph(self, name: str, compiled: bool) -> Runner:
+        decoder = self._decoder()
+        forward = self.model.forward
+        if compiled:
+            torch._dynamo.reset()  # the modules behind `forward` differ from one method to the next
+            # Coordinate descent makes Inductor generate matrix-vector products instead of calling cuBLAS: at batch 1
+            # that is the strongest dense baseline known.
+            options = {"coordinate_descent_tuning": True}
+            forward = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                decoder.step(forward)
+        torch.cuda.current_stream().wait_stream(stream)
+        decoder.rewind()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            decoder.step(forward)
+
+        def block(steps: int) -> list[float]:
+            for _ in range(WARM_STEPS):
+                graph.replay()
+            return _events(graph.replay, steps)
+
+        # The closures keep the decoder's tensors alive, whose addresses the graph reads.
+        return Runner(name, decoder.rewind, block)
+
+    def _count(self, handle: SparseModel) -> None:
+        """Reads what the last timed step selected; on a GPU only, where the kernels leave it on the device."""
+        if self.gpu:
+            torch.cuda.synchronize()
+            for layer in handle.layers():
+                if layer.count is not None:
+                    handle.meter.unions[layer.site, layer.layer].append(layer.count.cpu())
+
+    def _meter_cpu(self, handle: SparseModel) -> None:
+        """The reference path counts while it computes, which costs time: a few steps after the timed ones."""
+        if not self.gpu:
+            decoder = self._decoder()
+            with handle.sparse(), handle.meter.on():
+                for _ in range(CPU_STEPS):
+                    decoder.step(self.model.forward)
+
+    def close(self) -> None:
+        self.dense = []
+        gc.collect()
+        if self.gpu:
+            torch.cuda.empty_cache()
+
+
+def _events(step: Callable[[], None], steps: int) -> list[float]:
+    """Milliseconds of each step, between device events."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        step()
+        mark.record()
+    torch.cuda.synchronize()
+    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+
+
+def summary(blocks: list[list[float]]) -> dict[str, float]:
+    """Median, 10th and 90th percentile of all samples, in milliseconds, and how many there are."""
+    flat = torch.tensor([v for block in blocks for v in block], dtype=torch.float64)
+    p10, median, p90 = flat.quantile(torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)).tolist()
+    return {"median": median, "p10": p10, "p90": p90, "n": len(flat)}

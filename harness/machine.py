@@ -1,0 +1,190 @@
+"""What a number was measured on: GPU, driver, clocks, CPU and library versions."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+UNAVAILABLE = "unavailable"
+LIBRARIES = {"torch": "torch", "triton": "triton", "transformers": "transformers", "lm_eval": "lm-eval"}
+
+# nvmlClocksEventReasons of nvml.h that slow a kernel down; idle and application-clock settings are not among them.
+THROTTLE_REASONS = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
+
+SMI_FIELDS = (
+    "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks_throttle_reasons.active,ecc.mode.current,power.limit"
+)
+
+
+def describe(device: str = "cpu") -> dict[str, Any]:
+    """The machine line as data. `device` is cpu, cuda or cuda:<n>; `gpu` is None on a CPU run."""
+    import torch
+
+    machine: dict[str, Any] = {
+        "gpu": None if device == "cpu" else gpu_state(device),
+        "cpu": {"model": _cpu_model(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "os": platform.platform(terse=True),
+        "python": platform.python_version(),
+        **{key: _version(name) for key, name in LIBRARIES.items()},
+    }
+    machine["identity"] = _hash(machine)
+    return machine
+
+
+def identity(device: str = "cpu") -> str:
+    """A short hash of what decides a number (the GPU or the CPU, the driver, the versions), but not of its clocks."""
+    return describe(device)["identity"]
+
+
+def gpu_state(device: str = "cuda") -> dict[str, Any]:
+    """The GPU and its momentary clocks [MHz], throttle reasons and other processes; read it around a timed run too.
+
+    What neither NVML nor nvidia-smi tells is "unavailable".
+    """
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    uuid = str(getattr(properties, "uuid", ""))
+    state: dict[str, Any] = {
+        "name": properties.name,
+        "uuid_hash": hashlib.sha256(uuid.encode()).hexdigest()[:12] if uuid else UNAVAILABLE,
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "cuda": torch.version.cuda,
+        **dict.fromkeys(
+            ("driver", "sm_clock", "memory_clock", "max_sm_clock", "throttle", "ecc", "power_limit_w", "processes"),
+            UNAVAILABLE,
+        ),
+    }
+    gpu = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+    state.update(_nvml(gpu) or _nvidia_smi(gpu) or {})
+    return state
+
+
+def line(machine: dict[str, Any], git: dict[str, Any] | None = None) -> str:
+    """One line for above a table."""
+    parts = []
+    if gpu := machine.get("gpu"):
+        clocks = f"{gpu['sm_clock']} of {gpu['max_sm_clock']} MHz" if gpu["sm_clock"] != UNAVAILABLE else UNAVAILABLE
+        throttle = ", ".join(gpu["throttle"]) if isinstance(gpu["throttle"], list) else gpu["throttle"]
+        parts += [
+            f"{gpu['name']} ({gpu['uuid_hash']})",
+            f"driver {gpu['driver']}",
+            f"CUDA {gpu['cuda']}",
+            f"SM clock {clocks}",
+            f"throttling: {throttle or 'none'}",
+            f"ECC {gpu['ecc']}",
+            f"other processes: {gpu['processes']}",
+        ]
+    cpu = machine["cpu"]
+    parts += [f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} torch threads", machine["os"]]
+    parts += [f"{name} {machine[name]}" for name in ("python", *LIBRARIES) if machine.get(name)]
+    if git:
+        parts.append(f"git {(git.get('commit') or 'unknown')[:10]}{' (uncommitted changes)' if git.get('dirty') else ''}")
+    return " · ".join(parts)
+
+
+def _hash(machine: dict[str, Any]) -> str:
+    gpu = machine["gpu"] or {}
+    stable = [gpu.get("name"), gpu.get("uuid_hash"), gpu.get("driver"), gpu.get("cuda"), machine["cpu"], machine["os"]]
+    stable += [machine["python"], *(machine[key] for key in LIBRARIES)]
+    return hashlib.sha256(repr(stable).encode()).hexdigest()[:12]
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    try:
+        for entry in Path("/proc/cpuinfo").read_text().splitlines():
+            if entry.lower().startswith("model name"):
+                return entry.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _reasons(mask: int) -> list[str]:
+    return [name for bit, name in THROTTLE_REASONS.items() if mask & bit]
+
+
+def _nvml(uuid: str) -> dict[str, Any] | None:
+    try:
+        nvml = importlib.import_module("pynvml")
+        nvml.nvmlInit()
+    except Exception:  # not installed, or no driver behind it
+        return None
+
+    def read(name: str, *arguments: Any) -> Any:
+        try:
+            value = getattr(nvml, name)(*arguments)
+        except Exception:  # this GPU or driver does not tell
+            return UNAVAILABLE
+        return value.decode() if isinstance(value, bytes) else value
+
+    try:
+        handle = read("nvmlDeviceGetHandleByUUID", uuid)
+        if handle == UNAVAILABLE:
+            return None
+        throttle = read("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+        ecc, limit = read("nvmlDeviceGetEccMode", handle), read("nvmlDeviceGetPowerManagementLimit", handle)
+        processes = read("nvmlDeviceGetComputeRunningProcesses", handle)
+        return {
+            "driver": read("nvmlSystemGetDriverVersion"),
+            "sm_clock": read("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM),
+            "memory_clock": read("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_MEM),
+            "max_sm_clock": read("nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_SM),
+            "throttle": _reasons(throttle) if isinstance(throttle, int) else UNAVAILABLE,
+            "ecc": ("on" if ecc[0] else "off") if isinstance(ecc, (list, tuple)) else UNAVAILABLE,
+            "power_limit_w": limit / 1000 if isinstance(limit, int) else UNAVAILABLE,
+            "processes": sum(p.pid != os.getpid() for p in processes) if isinstance(processes, list) else UNAVAILABLE,
+        }
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _nvidia_smi(uuid: str) -> dict[str, Any] | None:
+    def query(what: str) -> list[str] | None:
+        command = ["nvidia-smi", f"--id={uuid}", f"--query-{what}", "--format=csv,noheader,nounits"]
+        try:
+            return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        except (OSError, subprocess.SubprocessError):
+            return None
+
+    def number(text: str, kind: type = int) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            return UNAVAILABLE
+
+    lines = query(f"gpu={SMI_FIELDS}")
+    if not lines:
+        return None
+    driver, sm, memory, max_sm, throttle, ecc, limit = (part.strip() for part in lines[0].split(","))
+    processes = query("compute-apps=pid")
+    return {
+        "driver": driver,
+        "sm_clock": number(sm),
+        "memory_clock": number(memory),
+        "max_sm_clock": number(max_sm),
+        "throttle": _reasons(int(throttle, 16)) if throttle.startswith("0x") else UNAVAILABLE,
+        "ecc": {"Enabled": "on", "Disabled": "off"}.get(ecc, UNAVAILABLE),
+        "power_limit_w": number(limit, float),
+        "processes": UNAVAILABLE if processes is None else sum(p.strip() != str(os.getpid()) for p in processes),
+    }

@@ -1,0 +1,140 @@
+"""Comparisons of two measurements on the same items or in the same run, with their uncertainty.
+
+Everything is deterministic by seed. A difference is always `candidate - baseline`; a speed-up is always
+`baseline time / candidate time`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+PRACTICAL = 0.03
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its bootstrap percentile interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Paired:
+    """`candidate - baseline` over the same n items; p is McNemar's, where every score is 0 or 1."""
+
+    n: int
+    difference: Interval
+    p: float | None
+
+
+def compare(
+    candidate: Sequence[float],
+    baseline: Sequence[float],
+    weights: Sequence[float] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Paired:
+    """Everything a table prints about two lists of scores on the same items, in the same order."""
+    binary = set(candidate) | set(baseline) <= {0, 1}
+    return Paired(
+        len(candidate),
+        difference(candidate, baseline, weights, resamples, seed),
+        mcnemar(candidate, baseline) if binary else None,
+    )
+
+
+def mcnemar(candidate: Sequence[float], baseline: Sequence[float]) -> float:
+    """Exact two-sided p-value of McNemar's test (1947) on 0/1 scores of the same items.
+
+    Under the hypothesis of no difference, the items that exactly one of the two gets right are fair coin tosses;
+    p is twice the smaller binomial tail, at most 1. Raises ValueError on lists of different length.
+    """
+    wins = sum(a > b for a, b in zip(candidate, baseline, strict=True))
+    losses = sum(a < b for a, b in zip(candidate, baseline, strict=True))
+    n = wins + losses
+    tail = sum(comb(n, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2**n)  # Python integers: exact for any n
+
+
+def difference(
+    candidate: Sequence[float],
+    baseline: Sequence[float],
+    weights: Sequence[float] | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Mean of `candidate - baseline`, with the paired bootstrap interval (Efron and Tibshirani 1993, ch. 13).
+
+    The items are resampled with replacement, both scores of an item together. `weights`: an item's share in the mean
+    (for windows of unequal length, their scored tokens). Raises ValueError on empty or unequal lists.
+    """
+    pairs = zip(candidate, baseline, strict=True)
+    delta = np.array([a - b for a, b in pairs], dtype=np.float64)
+    weight = np.ones_like(delta) if weights is None else np.asarray(weights, dtype=np.float64)
+    if not len(delta) or len(weight) != len(delta):
+        raise ValueError("a comparison needs at least one item and one weight per item.")
+    rng = np.random.default_rng(seed)
+
+    def draw() -> float:
+        index = rng.integers(len(delta), size=len(delta))
+        return float(np.average(delta[index], weights=weight[index]))
+
+    return _percentiles(float(np.average(delta, weights=weight)), draw, resamples)
+
+
+def speedup(
+    baseline: Sequence[Sequence[float]],
+    candidate: Sequence[Sequence[float]],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Ratio of medians, `median(baseline) / median(candidate)`, of times measured in interleaved blocks.
+
+    `baseline[i]` and `candidate[i]` are the samples of block i, which ran next to each other. The interval is a
+    hierarchical bootstrap: blocks are drawn with replacement, the same for both sides, then samples within each
+    drawn block; so a drift from block to block widens it. Raises ValueError when a block is empty or has no partner.
+    """
+    if not baseline or len(baseline) != len(candidate) or not all(map(len, [*baseline, *candidate])):
+        raise ValueError("a speed-up needs the same number of non-empty blocks on both sides.")
+    slow, fast = ([np.asarray(block, dtype=np.float64) for block in side] for side in (baseline, candidate))
+    rng = np.random.default_rng(seed)
+
+    def median(blocks: list[np.ndarray], chosen: np.ndarray) -> float:
+        return float(np.median(np.concatenate([rng.choice(blocks[i], len(blocks[i])) for i in chosen])))
+
+    def draw() -> float:
+        chosen = rng.integers(len(slow), size=len(slow))
+        return median(slow, chosen) / median(fast, chosen)
+
+    estimate = float(np.median(np.concatenate(slow)) / np.median(np.concatenate(fast)))
+    return _percentiles(estimate, draw, resamples)
+
+
+def verdict(ratio: tuple[float, float], practical: float = PRACTICAL) -> str:
+    """faster, slower, same or ambiguous, from the interval (low, high) of a speed-up.
+
+    A ratio between 1 / (1 + practical) and 1 + practical makes no practical difference. faster: the whole interval is
+    above that band; slower: the whole is below; same: the whole is inside. Every other interval is ambiguous.
+    """
+    low, high = ratio
+    if low > 1 + practical:
+        return "faster"
+    if high < 1 / (1 + practical):
+        return "slower"
+    if 1 / (1 + practical) <= low and high <= 1 + practical:
+        return "same"
+    return "ambiguous"
+
+
+def _percentiles(estimate: float, draw: Callable[[], float], resamples: int) -> Interval:
+    tail = 50 * (1 - CONFIDENCE)
+    low, high = np.percentile([draw() for _ in range(resamples)], [tail, 100 - tail])
+    return Interval(estimate, float(low), float(high))

@@ -1,0 +1,160 @@
+"""Append-only results: one JSON line per measured cell in `<out>/records.jsonl`.
+
+A process may be killed at any byte of a write: a torn last line is ignored by readers and removed by the next append.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from methods.errors import UsageError
+
+try:
+    import fcntl
+except ImportError:  # Windows: one process at a time
+    fcntl = None  # type: ignore[assignment]
+
+SCHEMA = 1
+FILE = "records.jsonl"
+FINISHED = ("ok", "not-applicable")
+
+Record = dict[str, Any]
+
+
+def ensure_writable(out: str | Path) -> Path:
+    """Creates the folder. Raises UsageError when records could not be appended there."""
+    folder = Path(out).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(folder / FILE, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644))
+    except OSError as error:
+        raise UsageError(f"results cannot be written to '{out}' ({error.strerror}): choose another --out.") from None
+    return folder
+
+
+def append(out: str | Path, record: Record) -> None:
+    """Appends one record durably: one write under a lock, then fsync. NaN and infinity become null.
+
+    Raises UsageError when the folder is not writable or the disk is full; the file then is as it was before.
+    """
+    line = json.dumps(_plain({"schema": SCHEMA, **record}), ensure_ascii=False, allow_nan=False) + "\n"
+    folder = ensure_writable(out)
+    with _locked(folder / FILE, os.O_RDWR | os.O_APPEND) as descriptor:
+        size = _repair(descriptor)
+        data = line.encode()
+        try:
+            written = os.write(descriptor, data)
+            os.fsync(descriptor)
+        except OSError as error:
+            os.ftruncate(descriptor, size)
+            raise UsageError(f"a record cannot be written to '{out}' ({error.strerror}): free some space.") from None
+        if written != len(data):
+            os.ftruncate(descriptor, size)
+            raise UsageError(f"the disk of '{out}' is full: free some space and run the command again.")
+
+
+def load(out: str | Path) -> list[Record]:
+    """All records in the order of writing; none if there is no file.
+
+    Raises UsageError for a folder that does not exist, a damaged line, or records of a newer schema.
+    """
+    folder = Path(out).expanduser()
+    if not folder.is_dir():
+        raise UsageError(f"there is no folder '{out}': measure something first with `python -m harness run`.")
+    path = folder / FILE
+    if not path.is_file():
+        return []
+    with _locked(path, os.O_RDONLY) as descriptor:
+        lines = _read(descriptor).split(b"\n")
+    records = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        record = _parse(line)
+        if record is None:
+            if number == len(lines):  # torn by a kill in the middle of a write
+                break
+            raise UsageError(f"line {number} of '{path}' is not a record: restore or remove that line.")
+        if record.get("schema", 0) > SCHEMA:
+            raise UsageError(
+                f"'{path}' has records of schema {record['schema']}, this version reads up to {SCHEMA}: update it."
+            )
+        records.append(record)
+    return records
+
+
+def done_keys(out: str | Path) -> set[str]:
+    """Keys of cells that need no other run: measured or not applicable. Failed cells are tried again."""
+    folder = Path(out).expanduser()
+    return {r["key"] for r in load(folder) if r["status"] in FINISHED} if folder.is_dir() else set()
+
+
+def latest(records: Iterable[Record]) -> list[Record]:
+    """The newest record of each cell on each machine, whatever source measured it; order of first appearance."""
+    newest: dict[str, Record] = {}
+    for record in records:
+        identity = json.dumps([record["cell"], record["machine"].get("identity")], sort_keys=True)
+        newest[identity] = record
+    return list(newest.values())
+
+
+@contextmanager
+def _locked(path: Path, flags: int) -> Iterator[int]:
+    descriptor = os.open(path, flags)
+    try:
+        if fcntl is not None:
+            fcntl.flock(descriptor, fcntl.LOCK_SH if flags == os.O_RDONLY else fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)  # releases the lock
+
+
+def _read(descriptor: int, start: int = 0) -> bytes:
+    chunks = []
+    os.lseek(descriptor, start, os.SEEK_SET)
+    while chunk := os.read(descriptor, 1 << 20):
+        chunks.append(chunk)
+    return b"".join(chunks)
+
+
+def _repair(descriptor: int) -> int:
+    """Ends a complete last line that lacks its newline, removes a torn one; returns the size of the file."""
+    size = os.fstat(descriptor).st_size
+    if size == 0 or _read(descriptor, size - 1) == b"\n":
+        return size
+    content = _read(descriptor)
+    start = content.rfind(b"\n") + 1
+    if _parse(content[start:]) is not None:
+        os.write(descriptor, b"\n")
+        return size + 1
+    os.ftruncate(descriptor, start)
+    return start
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON holds it: numpy and torch scalars as numbers, NaN and infinity as null."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(v) for v in (sorted(value) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    return str(value)

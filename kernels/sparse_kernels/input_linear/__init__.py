@@ -1,0 +1,1 @@
+"""Linear layers that read only the weights of selected input channels."""

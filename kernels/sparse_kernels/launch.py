@@ -1,0 +1,120 @@
+"""Where a call runs and how wide it is launched. Does not import triton, so CPU-only machines need not have it."""
+
+import os
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+MAX_BATCH = 64
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How one regime of a kernel is launched.
+
+    rows: weight rows a program takes per step.
+    columns: weight columns it takes per step.
+    warps, stages: warps per program and depth of the software pipeline.
+    programs: programs per multiprocessor that the fixed grid aims at.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# Keyed by the batch padded to what the matrix units take (see `padded_batch`); chosen on an H200, where about 25 KB
+# must be in flight on each multiprocessor to reach its read bandwidth.
+INPUT_LINEAR = {
+    1: Launch(rows=8, columns=512, warps=4, stages=4, programs=4),
+    16: Launch(rows=32, columns=128, warps=4, stages=6, programs=3),
+    32: Launch(rows=32, columns=128, warps=4, stages=6, programs=3),
+    64: Launch(rows=32, columns=128, warps=4, stages=3, programs=2),
+}
+EXPERT_HIDDEN = {
+    1: Launch(rows=4, columns=1024, warps=4, stages=2, programs=4),
+    16: Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
+    32: Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
+    64: Launch(rows=32, columns=128, warps=4, stages=3, programs=2),
+}
+MAX_SPLITS = 64
+
+
+def padded_batch(batch: int) -> int:
+    """1 stays 1 (multiply and sum); more rows fill 16, 32 or 64 rows of a matrix-unit tile."""
+    return 1 if batch == 1 else max(16, power_of_2(batch))
+
+
+def power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def interpreting() -> bool:
+    """Whether Triton interprets its kernels on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def use_triton(x: torch.Tensor) -> bool:
+    return x.is_cuda or interpreting()
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    # A handful stands for a GPU in the interpreter, which runs programs one after another.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a Triton kernel on the device of its first argument, without waiting for it."""
+    if args[0].is_cuda:
+        with torch.cuda.device(args[0].device):
+            kernel[grid](*args, **options)
+    else:
+        kernel[grid](*args, **options)
+
+
+def require(condition: bool, sentence: str, *values: Any) -> None:
+    """Raise ValueError with the sentence, its {} filled with the values, unless the condition holds."""
+    if not condition:  # formatted only here, since every call of an operator passes through
+        raise ValueError(sentence.format(*(list(v) if isinstance(v, tuple) else v for v in values)))
+
+
+def require_rows(name: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Check a tensor's shape, its dtype and device against `like`, and that its rows are contiguous."""
+    require(tensor.shape == shape, "{} must have shape {}, got {}.", name, shape, tensor.shape)
+    require(tensor.dtype == like.dtype, "{} must be {}, got {}.", name, like.dtype, tensor.dtype)
+    require(tensor.device == like.device, "{} must be on {}, got {}.", name, like.device, tensor.device)
+    contiguous = tensor.shape[-1] == 1 or tensor.stride(-1) == 1
+    require(contiguous, "{} must have contiguous rows, got strides {}.", name, tensor.stride())
+
+
+def require_input(x: torch.Tensor) -> None:
+    """Check that x is [B, K] with 1 <= B <= 64, contiguous rows and a dtype the kernels compute in."""
+    require(x.dim() == 2 and x.shape[1] >= 1, "x must have shape [batch, channels], got {}.", x.shape)
+    require(1 <= x.shape[0] <= MAX_BATCH, "x must have 1 to {} rows, got {}.", MAX_BATCH, x.shape[0])
+    known = x.dtype in DTYPES or (x.dtype == torch.float64 and not x.is_cuda)
+    require(known, "x must be float32, float16 or bfloat16, got {}.", x.dtype)
+    require(x.shape[1] == 1 or x.stride(1) == 1, "x must have contiguous rows, got strides {}.", x.stride())
+
+
+def require_threshold(threshold: torch.Tensor, x: torch.Tensor, channels: int) -> None:
+    """Check that threshold is a contiguous float32 [1] or [channels] on x's device."""
+    require(threshold.dtype == torch.float32, "threshold must be float32, got {}.", threshold.dtype)
+    require(threshold.device == x.device, "threshold must be on {}, got {}.", x.device, threshold.device)
+    fits = threshold.dim() == 1 and threshold.shape[0] in (1, channels) and threshold.is_contiguous()
+    require(fits, "threshold must be a contiguous [1] or [{}], got shape {}.", channels, threshold.shape)
+
+
+def require_list(index: torch.Tensor, count: torch.Tensor, x: torch.Tensor, length: int) -> None:
+    """Check that index and count are a compacted list of `length` slots on x's device."""
+    for name, tensor, size in (("index", index, length), ("count", count, 1)):
+        fits = tensor.shape == (size,) and tensor.dtype == torch.int32 and tensor.is_contiguous()
+        got = (tensor.dtype, tensor.shape)
+        require(fits, "{} must be a contiguous int32 [{}], got {} {}.", name, size, *got)
+        require(tensor.device == x.device, "{} must be on {}, got {}.", name, x.device, tensor.device)

@@ -1,0 +1,1 @@
+"""Selections: from scores and thresholds to index lists."""

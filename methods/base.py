@@ -1,0 +1,250 @@
+"""The interface of a method, and the reversible attachment of what it prepared to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+from .artifact import Artifact, fingerprint
+from .errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    import torch
+    from sparse_kernels.layers import Meter, Phase
+    from torch import Tensor, nn
+
+
+class Progress(Protocol):
+    """Reports long work: `done` of `total`, in words a reader understands."""
+
+    def __call__(self, text: str, done: float, total: float) -> None: ...
+
+
+def silent(text: str, done: float, total: float) -> None:
+    """The progress report of someone who does not want one."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Text for `prepare`, already tokenised. `calibration`: int64 [n, window]; `train(n)`: up to n such windows, seeded.
+
+    `corpus` names the text and its hash for the manifest; `workspace` is a folder for checkpoints of long training.
+    """
+
+    calibration: Tensor
+    train: Callable[[int], Tensor]
+    corpus: dict[str, str]
+    workspace: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class NoOptions:
+    """A method without settings."""
+
+
+class Method:
+    """One paper. A subclass lives in one file and states what it is; the harness knows nothing else about it.
+
+    Class attributes: `summary`, `paper`, `training` ("none", "training-free" or "trained"), `sites` (where it skips),
+    `activation` (what the model must have: "any" or "relu"), `modes`, `densities` (the defaults of a run; None where
+    the method has no density), `fidelity` (what is the paper's, what is adapted), `Options` (a frozen dataclass; its
+    fields are the settings a user can give as `name:field=value`).
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str] = "-"
+    training: ClassVar[str] = "none"
+    sites: ClassVar[tuple[str, ...]] = ()
+    activation: ClassVar[str] = "any"
+    modes: ClassVar[tuple[str, ...]] = ("decode", "all", "last")
+    densities: ClassVar[tuple[float | None, ...]] = (0.7, 0.5)
+    fidelity: ClassVar[str] = ""
+    origin: ClassVar[str] = "built-in"
+    Options: ClassVar[type] = NoOptions
+
+    def __init__(self, **given: Any) -> None:
+        known = {f.name: f for f in fields(self.Options)}
+        for key in given:
+            if key not in known:
+                raise unknown(f"option of method {self.name}", key, known or ["(none)"])
+        self.given = dict(given)
+        self.options = self.Options(**given)
+
+    def why_not(self, config: Any) -> str | None:
+        """One sentence when the method cannot serve a model with this transformers config, else None."""
+        return None
+
+    def prepare(
+        self, model: nn.Module, data: Data, densities: Sequence[float | None], progress: Progress = silent
+    ) -> Iterator[Artifact]:
+        """Calibrates or trains; yields one artifact per target density, in order. Leaves the model as it was."""
+        for density in densities:
+            yield self.artifact(model, density, {}, {"corpus": data.corpus})
+
+    def synthesize(self, model: nn.Module, density: float | None, tokens: Tensor) -> Artifact:
+        """For random weights: an artifact with the method's shapes and the asked density, from these tokens alone.
+
+        It carries FLOPs and latency, never an accuracy.
+        """
+        return self.artifact(model, density, {}, {"synthetic": True})
+
+    def attach(self, attachment: Attachment) -> None:
+        """Puts the method's layers in place through `attachment.replace` and `attachment.set_parameter`."""
+
+    def artifact(
+        self, model: nn.Module, density: float | None, tensors: dict[str, Tensor], manifest: dict[str, Any]
+    ) -> Artifact:
+        return Artifact(self.name, asdict(self.options), density, fingerprint(model), manifest, tensors)
+
+
+class Attachment:
+    """Replaces modules and parameters of a model, and puts the very same objects back."""
+
+    def __init__(self, model: nn.Module, artifact: Artifact, phase: Phase, meter: Meter) -> None:
+        self.model, self.artifact, self.phase, self.meter = model, artifact, phase, meter
+        self._undo: list[Callable[[], None]] = []
+
+    def replace(self, path: str, module: nn.Module) -> None:
+        parent_path, _, name = path.rpartition(".")
+        parent = self.model.get_submodule(parent_path)
+        original = getattr(parent, name)
+        setattr(parent, name, module)
+        self._undo.append(lambda: setattr(parent, name, original))
+
+    def set_parameter(self, path: str, value: Tensor) -> None:
+        from torch import nn
+
+        parent_path, _, name = path.rpartition(".")
+        parent = self.model.get_submodule(parent_path)
+        original = parent._parameters[name]
+        assert original is not None
+        parent._parameters[name] = nn.Parameter(value.to(original), requires_grad=False)
+        self._undo.append(lambda: parent._parameters.__setitem__(name, original))
+
+    def undo(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
+
+class SparseModel:
+    """A model with a method attached: which positions are sparse, what was active, and how to take it off again."""
+
+    def __init__(self, model: nn.Module, artifact: Artifact, method: Method, mode: str = "decode") -> None:
+        from sparse_kernels.layers import Meter, Phase
+
+        self.model, self.artifact, self.method, self.mode = model, artifact, method, mode
+        self.fraction = parse_mode(mode)
+        self.phase, self.meter = Phase(), Meter()
+        self._override = False
+        self._attachment = Attachment(model, artifact, self.phase, self.meter)
+        try:
+            method.attach(self._attachment)
+        except BaseException:
+            self._attachment.undo()
+            raise
+        self._hook = model.register_forward_pre_hook(self._set_phase, with_kwargs=True)
+
+    def layers(self) -> list[Any]:
+        """The sparse layers, in model order."""
+        from sparse_kernels.layers import SparseLayer
+
+        return [module for module in self.model.modules() if isinstance(module, SparseLayer)]
+
+    def remove(self) -> None:
+        """Restores the model: the same modules and the same parameter objects, hence the same bits."""
+        self._hook.remove()
+        self._attachment.undo()
+
+    def mask(self, batch: int, length: int, device: torch.device | str) -> bool | Tensor:
+        """The rule of this mode for one forward pass over `length` positions: False, True or a mask [batch, length]."""
+        import torch
+
+        if length == 1 or self.fraction == 1.0:
+            return True
+        sparse = round(length * self.fraction)
+        return (torch.arange(length, device=device) >= length - sparse).expand(batch, -1) if sparse else False
+
+    def _set_phase(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._override:
+            return
+        inputs = kwargs.get("input_ids", args[0] if args else None)
+        inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+        self.phase.active = self.mask(inputs.shape[0], inputs.shape[1], inputs.device)
+
+    @contextmanager
+    def positions(self, active: bool | Tensor) -> Iterator[None]:
+        """Within: exactly these positions are sparse, whatever the mode. active: bool, or bool [B, T]."""
+        before = self._override, self.phase.active
+        self._override, self.phase.active = True, active
+        try:
+            yield
+        finally:
+            self._override, self.phase.active = before
+
+    def dense(self) -> Any:
+        """Within: every position dense."""
+        return self.positions(False)
+
+    def sparse(self) -> Any:
+        """Within: every position sparse."""
+        return self.positions(True)
+
+
+def parse_mode(mode: str) -> float:
+    """The share of a prompt's positions that are sparse: decode 0, all 1, last-50% 0.5. Raises UsageError."""
+    if mode == "decode":
+        return 0.0
+    if mode == "all":
+        return 1.0
+    if mode.startswith("last-") and mode.endswith("%"):
+        try:
+            share = float(mode[5:-1]) / 100
+        except ValueError:
+            share = -1.0
+        if 0 < share <= 1:
+            return share
+    raise UsageError(f"unknown mode '{mode}': choose decode, all or last-<x>% with x in (0, 100].")
+
+
+@contextmanager
+def sparsify(model: nn.Module, artifact: Artifact, mode: str = "decode") -> Iterator[SparseModel]:
+    """Attaches a prepared method to a model for the length of a `with` block; afterwards the model is bit-exact.
+
+        with sparsify(model, artifact): model.generate(...)
+
+    Raises UsageError when the artifact was prepared for other weights.
+    """
+    handle = _attach(model, artifact, mode)
+    try:
+        yield handle
+    finally:
+        handle.remove()
+
+
+def sparsify_(model: nn.Module, artifact: Artifact, mode: str = "decode") -> nn.Module:
+    """Attaches in place and returns the model; `model.sparse_model.remove()` takes it off again."""
+    model.sparse_model = _attach(model, artifact, mode)  # type: ignore[assignment]
+    return model
+
+
+def load_artifact(source: str) -> Artifact:
+    """Reads an artifact from a folder or a hub id."""
+    return Artifact.from_pretrained(source)
+
+
+def _attach(model: nn.Module, artifact: Artifact, mode: str) -> SparseModel:
+    from .registry import create
+
+    if getattr(model, "sparse_model", None) is not None:
+        raise UsageError("the model is sparse already: call model.sparse_model.remove() first.")
+    found = fingerprint(model)
+    if artifact.model != found:
+        raise UsageError(
+            f"the {artifact.method} artifact belongs to weights {artifact.model}, this model has {found}: "
+            "run `python -m harness prepare` for this model."
+        )
+    return SparseModel(model, artifact, create(artifact.method, artifact.options), mode)

@@ -1,0 +1,117 @@
+"""Where things are in a decoder block, as data: one entry per layout, one line per model type."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Module paths. `ffn` names the modules that together form the FFN: a replacement takes the first one's place,
+    the rest become identities (OPT computes its FFN inline from three modules, Llama in one)."""
+
+    layers: str
+    linears: dict[str, str]
+    ffn: tuple[str, ...]
+    activation: str  # the config attribute that names the activation
+    decode_mask: bool = False  # a decode step needs an explicit attention mask to stay free of host reads
+
+
+GATED = Layout(
+    layers="model.layers",
+    linears={
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    },
+    ffn=("mlp",),
+    activation="hidden_act",
+)
+
+OPT = Layout(
+    layers="model.decoder.layers",
+    linears={
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.out_proj",
+        "up": "fc1",
+        "down": "fc2",
+    },
+    ffn=("fc1", "activation_fn", "fc2"),
+    activation="activation_function",
+    decode_mask=True,
+)
+
+LAYOUTS: dict[str, Layout] = {
+    "llama": GATED,
+    "mistral": GATED,
+    "qwen2": GATED,
+    "qwen3": GATED,
+    "gemma": GATED,
+    "gemma2": GATED,
+    "gemma3_text": GATED,
+    "opt": OPT,
+}
+
+ACTIVATION_NAMES = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "relu2": "relu2",
+    "relu_squared": "relu2",
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder block: its place in the model, its module and its linear layers by name (q, k, v, o, gate, up, down)."""
+
+    index: int
+    path: str
+    module: nn.Module
+    linears: dict[str, nn.Linear]
+    layout: Layout
+
+
+def layout_of(config: Any) -> Layout:
+    """The layout for a transformers config. Raises UsageError for an architecture nobody has described yet."""
+    try:
+        return LAYOUTS[config.model_type]
+    except KeyError:
+        raise UsageError(
+            f"no layout for architecture '{config.model_type}': add one line to methods/families.py, "
+            f"or choose a model of type {', '.join(LAYOUTS)}."
+        ) from None
+
+
+def activation_of(config: Any) -> str:
+    """The FFN activation as the kernels name it. Raises UsageError for an activation they do not have."""
+    layout = layout_of(config)
+    name = getattr(config, layout.activation, None) or getattr(config, "hidden_activation", None)
+    if name not in ACTIVATION_NAMES:
+        raise UsageError(f"activation '{name}' is not supported: choose a model with silu, gelu or relu.")
+    return ACTIVATION_NAMES[name]
+
+
+def blocks(model: nn.Module) -> Iterator[Block]:
+    """The decoder blocks of a transformers causal language model, first to last."""
+    layout = layout_of(model.config)
+    for index, module in enumerate(model.get_submodule(layout.layers)):
+        linears = {name: module.get_submodule(path) for name, path in layout.linears.items()}
+        yield Block(index, f"{layout.layers}.{index}", module, linears, layout)
