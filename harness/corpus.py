@@ -23,7 +23,7 @@ from methods.errors import UsageError, unknown
 if TYPE_CHECKING:
     import torch
 
-NAMED = ("stdlib", "wikitext2", "c4")
+NAMED = ("stdlib", "python", "wikitext2", "c4")
 
 # Modules that every installation of Python 3.11 to 3.14 has. Where code moved between versions (datetime to
 # _pydatetime, the globbing of pathlib to glob, annotations of typing and inspect to annotationlib) all names are here.
@@ -44,6 +44,7 @@ SKIPPED_FOLDERS = frozenset({"__pycache__", "test", "tests"})
 NGRAM_LINES = 8
 NGRAM_CHARACTERS = 160
 
+PYTHON_BYTES = 200_000_000
 C4_DOCUMENTS = {"train": 20_000, "calibration": 1_000, "evaluation": 1_000}
 
 
@@ -74,13 +75,16 @@ class Corpus:
 
 
 def load_corpus(spec: str = "stdlib") -> Corpus:
-    """Load `stdlib`, `wikitext2`, `c4`, or local paths (comma-separated `.txt`, `.jsonl` files or folders).
+    """Load `stdlib`, `python` (the same with more to train on: the permissively licensed packages installed here, as in
+    the recipe of the reference models), `wikitext2`, `c4`, or local paths (comma-separated `.txt`, `.jsonl` files or folders).
 
     Raises `UsageError` for an unknown name, a missing or unreadable file, text too short to split, or an
     unreachable hub.
     """
     if spec == "stdlib":
         return _stdlib()
+    if spec == "python":
+        return _python()
     if spec == "wikitext2":
         return _wikitext2()
     if spec == "c4":
@@ -167,9 +171,7 @@ def near_duplicates(documents: Iterable[Document], others: Iterable[Document]) -
     return [document.name for document in documents if is_near_duplicate(document.text, ngrams)]
 
 
-def _without_near_duplicates(
-    documents: Sequence[Document], others: Sequence[Document]
-) -> tuple[Document, ...]:
+def _without_near_duplicates(documents: Sequence[Document], others: Sequence[Document]) -> tuple[Document, ...]:
     dropped = set(near_duplicates(documents, others))
     return tuple(document for document in documents if document.name not in dropped)
 
@@ -208,6 +210,15 @@ def _stdlib() -> Corpus:
     calibration = _without_near_duplicates(splits["calibration"], evaluation)
     train = _without_near_duplicates([*splits["train"], *_topics()], (*evaluation, *calibration))
     return Corpus("stdlib", train, calibration, evaluation)
+
+
+@cache
+def _python() -> Corpus:
+    from .reference.text import training_documents
+
+    corpus = _stdlib()
+    documents, _ = training_documents(corpus, PYTHON_BYTES)
+    return Corpus("python", tuple(documents), corpus.calibration, corpus.evaluation)
 
 
 def _topics() -> list[Document]:

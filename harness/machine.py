@@ -92,7 +92,9 @@ def line(machine: dict[str, Any], git: dict[str, Any] | None = None) -> str:
     parts += [f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} torch threads", machine["os"]]
     parts += [f"{name} {machine[name]}" for name in ("python", *LIBRARIES) if machine.get(name)]
     if git:
-        parts.append(f"git {(git.get('commit') or 'unknown')[:10]}{' (uncommitted changes)' if git.get('dirty') else ''}")
+        parts.append(
+            f"git {(git.get('commit') or 'unknown')[:10]}{' (uncommitted changes)' if git.get('dirty') else ''}"
+        )
     return " · ".join(parts)
 
 

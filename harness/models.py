@@ -100,7 +100,7 @@ def resolve(name: str) -> ModelSpec:
         if not (folder / "config.json").is_file():
             raise UsageError(f"'{name}' has no config.json: give a folder written by save_pretrained.")
         raw = _read_json(folder / "config.json")
-        activation = raw.get("hidden_act") or raw.get("activation_function") or raw.get("hidden_activation")
+        activation = str(raw.get("hidden_act") or raw.get("activation_function") or raw.get("hidden_activation"))
         return ModelSpec(
             name, path=folder, layout=raw.get("model_type"), activation=ACTIVATION_NAMES.get(activation, activation)
         )

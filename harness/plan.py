@@ -109,7 +109,7 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
     A method that cannot serve a model or mode stays in the plan with its reason, unless it was the only one asked for.
     Raises UsageError for anything that is wrong with the arguments or missing on this machine.
     """
-    from . import models, store
+    from . import models
     from .corpus import NAMED, load_corpus
 
     methods, asked = _methods(args.methods)
@@ -124,7 +124,6 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
     tasks = _tasks(args.tasks)
     device = models.resolve_device(args.device)
     dtype = models.resolve_dtype(args.dtype, device)
-    store.ensure_writable(args.out)
     if args.corpus not in NAMED:
         load_corpus(args.corpus)  # its files must exist and be readable
 
@@ -141,7 +140,7 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
                         model=spec.name,
                         weights="synthetic" if synthetic else spec.kind,
                         method=method.name,
-                        options=asdict(method.options),
+                        options=method.given,
                         density=density,
                         mode=mode,
                         batch=batch,

@@ -134,7 +134,7 @@ class SparseModel:
     """A model with a method attached: which positions are sparse, what was active, and how to take it off again."""
 
     def __init__(self, model: nn.Module, artifact: Artifact, method: Method, mode: str = "decode") -> None:
-        from sparse_kernels.layers import Meter, Phase
+        from sparse_kernels.layers import Meter, Phase, SparseLayer
 
         self.model, self.artifact, self.method, self.mode = model, artifact, method, mode
         self.fraction = parse_mode(mode)
@@ -146,13 +146,12 @@ class SparseModel:
         except BaseException:
             self._attachment.undo()
             raise
+        self._layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
         self._hook = model.register_forward_pre_hook(self._set_phase, with_kwargs=True)
 
     def layers(self) -> list[Any]:
         """The sparse layers, in model order."""
-        from sparse_kernels.layers import SparseLayer
-
-        return [module for module in self.model.modules() if isinstance(module, SparseLayer)]
+        return self._layers
 
     def remove(self) -> None:
         """Restores the model: the same modules and the same parameter objects, hence the same bits."""

@@ -43,10 +43,12 @@ that shares eight consecutive lines with the evaluation or calibration split was
 ## Training
 
 {training["steps"]:,} steps of {recipe["batch"]} x {recipe["context"]} tokens
-({training["tokens_seen"] / 1e6:.1f} M tokens, {training["epochs"]} epochs) in {training["seconds"]:.0f} s on
-{machine["device"]}; {" and ".join(training["optimizers"])}, peak rates {recipe["rate"]} and {recipe["matrix_rate"]},
-weight decay {recipe["weight_decay"]} on matrices, seed {recipe["seed"]}. Python {machine["python"]}, torch {machine["torch"]},
-transformers {machine["transformers"]}. `training.json` has the loss curve. To train it again:
+({training["tokens_seen"] / 1e6:.1f} M tokens, {training["epochs"]} epochs) in {training["seconds"]:.0f} s
+on {machine["device"]}.
+{" and ".join(training["optimizers"])}, peak rates {recipe["rate"]} and {recipe["matrix_rate"]}, seed {recipe["seed"]},
+weight decay {recipe["weight_decay"]} on matrices.
+Python {machine["python"]}, torch {machine["torch"]}, transformers {machine["transformers"]}.
+`training.json` has the loss curve. To train it again:
 
     python -m harness.reference.train --model {name} --minutes {recipe["minutes"]:g} --out DIR
 
@@ -54,8 +56,9 @@ The result depends on the Python packages of the machine and on its speed.
 
 ## Text
 
-{text["bytes"] / 1e6:.1f} MB in {text["documents"]:,} files, {text["tokens"] / 1e6:.2f} M tokens, hash `{text["training_text_hash"]}`:
-Python's standard library ({machine["python"]}, PSF-2.0) and the Python sources of these packages, each under a permissive licence:
+{text["bytes"] / 1e6:.1f} MB in {text["documents"]:,} files, {text["tokens"] / 1e6:.2f} M tokens,
+hash `{text["training_text_hash"]}`: Python's standard library ({machine["python"]}, PSF-2.0) and the Python sources of
+these packages, each under a permissive licence:
 
 | package | version | licence |
 | --- | --- | --- |

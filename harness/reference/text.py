@@ -195,8 +195,8 @@ def _encode(documents: Sequence[Document], tokenizer: Any) -> Any:
 
     before, after = (np.array(ids, dtype=np.uint16) for ids in document_frame(tokenizer))
     pieces = []
-    for start in range(0, len(documents), 512):  # bounds the memory that the encodings take
-        texts = [document.text for document in documents[start : start + 512]]
+    for start in range(0, len(documents), 2048):  # bounds the memory that the encodings take
+        texts = [document.text for document in documents[start : start + 2048]]
         for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             pieces += [before, np.array(encoding.ids, dtype=np.uint16), after]
     return np.concatenate(pieces)

@@ -10,12 +10,14 @@ given. The held-out numbers in the card are those of the saved bfloat16 weights.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -90,16 +92,15 @@ def build_optimizers(model: Any, recipe: Recipe) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers and AdamW for embeddings, norms and biases; all AdamW without Muon."""
     import torch
 
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (matrices if parameter.ndim == 2 and ".layers." in name else others).append(parameter)
     adam: dict[str, Any] = {"betas": (0.9, 0.95), "fused": True}
-    optimizers = [torch.optim.AdamW(others, lr=recipe.rate, weight_decay=0.0, **adam)]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(others, lr=recipe.rate, weight_decay=0.0, **adam)]
     if hasattr(torch.optim, "Muon"):
         optimizers.append(
-            torch.optim.Muon(
-                matrices, lr=recipe.matrix_rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
-            )
+            torch.optim.Muon(matrices, lr=recipe.matrix_rate, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw")
         )
     else:
         optimizers.append(torch.optim.AdamW(matrices, lr=recipe.rate, weight_decay=WEIGHT_DECAY, **adam))
@@ -115,7 +116,7 @@ def rate_factor(step: int, used: float) -> float:
     return min(1.0, (step + 1) / WARM_UP_STEPS) * cosine
 
 
-def batches(tokens: torch.Tensor, batch: int, generator: torch.Generator) -> Any:
+def batches(tokens: torch.Tensor, batch: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     """Endless [batch, CONTEXT + 1] int64: in each epoch every window once, in a new order and at a new offset."""
     import torch
 
@@ -153,12 +154,12 @@ def train(
     minutes: float,
     batch: int,
     seed: int,
-    save: Any,
+    save: Callable[[], None],
 ) -> dict[str, Any]:
     """Train in place for the given minutes, compilation included; returns steps, tokens, seconds and the loss curve.
 
-    tokens [n] uint16 on the CPU, windows [m, CONTEXT] int64 held out; `save()` is called at each evaluation, so that
-    a run that is killed leaves a model behind. SIGTERM ends the run in order. Raises `FloatingPointError` when the loss is not
+    tokens [n] int32, windows [m, CONTEXT] int64 held out; `save()` is called at each evaluation, so that a run that
+    is killed leaves a model behind. SIGTERM ends the run in order. Raises `FloatingPointError` when the loss is not
     finite.
     """
     import torch
@@ -230,8 +231,6 @@ def train(
 
 def save_bf16(model: Any, tokenizer: Any, out: Path) -> None:
     """Write the weights rounded to bfloat16 (safetensors), the configurations and the tokenizer."""
-    import copy
-
     import torch
 
     copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)
@@ -239,13 +238,14 @@ def save_bf16(model: Any, tokenizer: Any, out: Path) -> None:
 
 
 def measure(out: Path, windows: torch.Tensor, device: str) -> dict[str, Any]:
-    """Held-out perplexity and bits per byte of the saved model, in bfloat16 on CUDA, else with its weights in float32."""
+    """Held-out perplexity and bits per byte of the saved model: bfloat16 weights, computed in float32 on the CPU."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(out)
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=dtype).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(out, dtype=dtype)
+    model = model.to(device).eval()
     loss = held_out_loss(model, windows)
     scored = sum(len(text.encode("utf-8", "replace")) for text in tokenizer.batch_decode(windows[:, 1:].tolist()))
     tokens = windows.shape[0] * (windows.shape[1] - 1)
@@ -306,9 +306,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = build_model(options.model, data.tokenizer).to(device)
     use_causal_attention(model)
     every_window = token_windows(data.evaluation, data.tokenizer, CONTEXT)
-    some_windows = token_windows(
-        data.evaluation, data.tokenizer, CONTEXT, limit=EVALUATION_WINDOWS if device == "cuda" else 32, seed=0
-    )
+    shuffled = torch.randperm(len(every_window), generator=torch.Generator().manual_seed(0))
+    some_windows = every_window[shuffled[: EVALUATION_WINDOWS if device == "cuda" else 32]]
     recipe = RECIPES[options.model]
     trained = train(
         model,

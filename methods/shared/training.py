@@ -41,13 +41,8 @@ def train(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda")
     rising = max(1, round(warmup * steps))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda s: min((s + 1) / rising, (steps - s) / max(1, steps - rising))
-    )
     state = _State(checkpoint, {"steps": steps, "batch": batch, "lr": learning_rate, "seed": seed})
     losses = state.load(trained, optimiser)
-    for _ in losses:
-        schedule.step()
     saved = perf_counter()
     history = [torch.tensor(value) for value in losses]
     for step in range(len(losses), steps):
@@ -58,9 +53,10 @@ def train(
             value = loss(windows[rows].to(device))
         value.backward()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        schedule.step()
         history.append(value.detach())
         if step % 10 == 9 or step + 1 == steps:
             progress(f"{label}, loss {float(history[-1]):.3f}", step + 1, steps)

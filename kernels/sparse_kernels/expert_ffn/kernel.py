@@ -76,9 +76,7 @@ def hidden_kernel(
                 other=0.0,
                 eviction_policy="evict_last",
             )
-            w = tl.load(
-                up + f[:, None] * stride_up + d[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
-            )
+            w = tl.load(up + f[:, None] * stride_up + d[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
             if GATED:
                 g = tl.load(
                     gate + f[:, None] * stride_gate + d[None, :], mask=inside, other=0.0, eviction_policy="evict_first"

@@ -1,5 +1,7 @@
 """Definitions of `expert_hidden` and `expert_ffn`."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +9,7 @@ from torch import Tensor
 from sparse_kernels.input_linear.naive import input_linear
 from sparse_kernels.selection.naive import compact
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),

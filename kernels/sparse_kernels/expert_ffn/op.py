@@ -45,7 +45,12 @@ def expert_hidden(
     require(activation in ACTIVATIONS, "activation must be one of {}, got {}.", ACTIVATIONS, activation)
     require(up.dim() == 2 and score.dim() == 2, "up must have shape [neurons, channels] and score [batch, blocks].")
     neurons, blocks = up.shape[0], score.shape[1]
-    require(blocks >= 1 and neurons % blocks == 0, "The {} blocks of score must divide the {} neurons evenly.", blocks, neurons)
+    require(
+        blocks >= 1 and neurons % blocks == 0,
+        "The {} blocks of score must divide the {} neurons evenly.",
+        blocks,
+        neurons,
+    )
     require_rows("up", up, x, (neurons, x.shape[1]))
     if gate is not None:
         require_rows("gate", gate, x, (neurons, x.shape[1]))

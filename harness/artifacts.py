@@ -1,0 +1,121 @@
+"""Where prepared artifacts are: in the user's cache, shipped with the embedded models, or still to be made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from methods.artifact import CONFIG_FILE, Artifact, fingerprint
+from methods.base import Data, Progress
+
+from . import machine
+from .corpus import Corpus, Document, token_windows
+
+if TYPE_CHECKING:
+    from methods.base import Method
+
+    from .models import LoadedModel
+
+SHIPPED = Path(__file__).parent / "reference" / "artifacts"
+WINDOW = 512  # tokens per calibration or training window
+CALIBRATION_WINDOWS = 64
+
+
+def cache_dir() -> Path:
+    """`$ACTIVATION_SPARSITY_CACHE`, or `activation-sparsity` in the user's cache folder."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("ACTIVATION_SPARSITY_CACHE") or base / "activation-sparsity")
+
+
+def shipped(loaded: LoadedModel, method: Method, density: float | None) -> Path | None:
+    """The artifact that comes with an embedded model: it stands for the method's default options."""
+    if loaded.spec.kind != "reference" or loaded.weights_kind == "synthetic" or method.given or density is None:
+        return None
+    folder = SHIPPED / loaded.spec.name / f"{method.name}-{density:g}"
+    return folder if (folder / CONFIG_FILE).is_file() else None
+
+
+def data_for(loaded: LoadedModel, corpus: Corpus, seed: int, workspace: Path | None) -> Data:
+    """Calibration and training windows of a corpus, in the model's own tokens."""
+    positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", WINDOW)
+    window = min(WINDOW, positions)
+    calibration = token_windows(corpus.calibration, loaded.tokenizer, window, CALIBRATION_WINDOWS, seed)
+    return Data(
+        calibration=calibration,
+        train=lambda n: token_windows(_shuffled(corpus.train, seed), loaded.tokenizer, window, n),
+        corpus={"name": corpus.name, "hash": corpus.hash},
+        workspace=None if workspace is None else str(workspace),
+        seed=seed,
+    )
+
+
+def _shuffled(documents: Sequence[Document], seed: int) -> list[Document]:
+    """In an order that only the seed decides, so that the first windows are a fair sample and the rest stay unread."""
+    order = list(documents)
+    random.Random(seed).shuffle(order)
+    return order
+
+
+def obtain(
+    loaded: LoadedModel,
+    method: Method,
+    densities: Sequence[float | None],
+    corpus: Corpus,
+    seed: int,
+    progress: Progress,
+    force: bool = False,
+) -> Iterator[Artifact]:
+    """One artifact per density, in order: cached, else shipped, else prepared now and cached. `force` prepares anew."""
+    if loaded.weights_kind == "synthetic":
+        import torch
+
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(loaded.config.vocab_size, (2, WINDOW // 2), generator=generator)
+        for density in densities:
+            yield method.synthesize(loaded.model, density, tokens)
+        return
+    if method.training == "none":
+        yield from (method.artifact(loaded.model, density, {}, {}) for density in densities)
+        return
+    model = fingerprint(loaded.model)
+    folders = {density: _cached(model, method, density, corpus, seed) for density in densities}
+    found = {density: None if force else _existing(loaded, method, density, folders[density]) for density in densities}
+    missing = [density for density in densities if found[density] is None]
+    data = data_for(loaded, corpus, seed, cache_dir() / "training") if missing else None
+    made = iter(()) if data is None else method.prepare(loaded.model, data, missing, progress)
+    for density in densities:
+        place = found[density]
+        if place is None:
+            artifact = next(made)
+            artifact.manifest.update(_origin(loaded))
+            artifact.save_pretrained(folders[density])
+            yield artifact
+        else:
+            yield Artifact.from_pretrained(place)
+
+
+def _existing(loaded: LoadedModel, method: Method, density: float | None, folder: Path) -> Path | None:
+    return folder if (folder / CONFIG_FILE).is_file() else shipped(loaded, method, density)
+
+
+def _cached(model: str, method: Method, density: float | None, corpus: Corpus, seed: int) -> Path:
+    identity = json.dumps([model, method.name, asdict(method.options), density, corpus.hash, seed], sort_keys=True)
+    key = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    return cache_dir() / "artifacts" / f"{method.name}-{key}"
+
+
+def _origin(loaded: LoadedModel) -> dict[str, Any]:
+    """What a reader of the artifact needs to make it again elsewhere."""
+    device = str(next(loaded.model.parameters()).device)
+    described = machine.describe(device)
+    return {
+        "base_model": loaded.spec.hub_id or loaded.spec.name,
+        "gpu": described["gpu"]["name"] if described["gpu"] else None,
+        **{name: described[name] for name in ("python", "torch", "transformers")},
+    }

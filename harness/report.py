@@ -1,0 +1,191 @@
+"""`python -m harness report`: the leaderboard and the plots, rebuilt from the records alone."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from methods.errors import UsageError
+
+from . import machine, store
+from .rows import BUDGETS, Group, group
+from .store import Record
+from .tables import cost_columns, dense_baselines, github, markdown, number, quality_columns, site_columns, terminal
+
+PAGE = "LEADERBOARD.md"
+PLOT = "pareto.png"
+WIDTH = 120
+SHOWN_DIFFERENCES = 20
+
+HOW_TO_READ = f"""\
+## How to read this
+
+- **Method, options, target density.** `dense` is the model as it is. `null` skips nothing but runs the sparse path: its
+  distance from dense is the framework's own cost. Density is active / all; the target is what was asked for.
+- **Realised density** is measured on the evaluation text: the share of the decoder blocks' linear weights that is used,
+  weighted by parameters, without embeddings and lm_head. p99 is over tokens.
+- **GFLOP/token, MB/token**: executed and read for one decoded token, routers and predictors included, at this batch
+  and context; in brackets the ratio to dense. FLOPs count 2 per multiply-add; bytes are weights, predictors and KV.
+- **ms/step**: one decode step, a token for every sequence of the batch; median [10th, 90th percentile] of all samples.
+  Speed-ups are against the fastest dense runner of the same interleaved run. The verdict needs the whole 95 % interval
+  on one side of a 3 % band around 1; `ambiguous` is never rounded up. On a CPU the path is a reference: not compared,
+  not ranked.
+- **Accuracy lost** is the worse of two relative losses against dense: bits per byte, and the task average. A question
+  mark means that the estimate is within the budget but its 95 % interval is not. **Rank** is by speed-up, among cells
+  that lose at most {BUDGETS[-1]:g} %; the losers stay in the table.
+- Differences to dense are paired on the same items or windows, with bootstrap intervals; p is McNemar's.
+- Equal target density is no fair match between methods: compare at equal MB/token or at equal accuracy lost.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", default="results/local", help="folder of the records (default: results/local)")
+    parser.add_argument("--check", action="store_true", help=f"change nothing; exit 1 if {PAGE} is out of date")
+
+
+def main(args: argparse.Namespace) -> int:
+    if args.check:
+        return check(args.out)
+    files = build(args.out)
+    show(args.out)
+    print("\n".join(f"wrote {path}" for path in files))
+    return 0
+
+
+def build(out: str | Path) -> list[Path]:
+    """Writes LEADERBOARD.md and, where there is something to draw, pareto.png and .svg; returns the files.
+
+    Raises UsageError when there are no records or they cannot be read.
+    """
+    from .plots import pareto
+
+    groups, folder = _groups(out), store.ensure_writable(out)
+    (folder / PAGE).write_text(page(groups), encoding="utf-8")
+    return [folder / PAGE, *pareto(groups, folder / PLOT)]
+
+
+def check(out: str | Path) -> int:
+    """0 when the page in the folder is what its records say and the plots exist, else 1 with the differences."""
+    from .plots import panels
+
+    groups, folder = _groups(out), Path(out).expanduser()
+    place = folder / PAGE
+    committed = place.read_text(encoding="utf-8") if place.is_file() else ""
+    texts = committed.splitlines(), page(groups).splitlines()
+    lines = list(difflib.unified_diff(*texts, str(place), "records", n=0, lineterm=""))
+    missing = any(map(panels, groups)) and not (folder / PLOT).is_file()
+    if not lines and not missing:
+        print(f"{place} is up to date.")
+        return 0
+    print("\n".join(line[:200] for line in lines[:SHOWN_DIFFERENCES]))
+    if len(lines) > SHOWN_DIFFERENCES:
+        print(f"... and {len(lines) - SHOWN_DIFFERENCES} more lines")
+    what = " and ".join([f"{place} differs from its records"] * bool(lines) + [f"{PLOT} is missing"] * missing)
+    print(f"{what}: run `python -m harness report --out {out}`.")
+    return 1
+
+
+def page(groups: Sequence[Group]) -> str:
+    """The leaderboard as Markdown, the same text for the same records."""
+    from .plots import panels
+
+    parts = ["# Leaderboard", "Generated from `records.jsonl` by `python -m harness report`; do not edit.", HOW_TO_READ]
+    if any(map(panels, groups)):
+        parts.append(f"![Accuracy over bytes read per token]({PLOT})")
+    for found in groups:
+        parts += _section(found) if found.rows else []
+    parts += _left_out(groups)
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def show(out: str | Path) -> None:
+    """Prints the leaderboard to the terminal: a table of cost and one of quality, each at most 120 columns wide."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if console.width > WIDTH or not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
+    groups = _groups(out)
+    for found in filter(lambda g: g.rows, groups):
+        console.print(f"[bold]{found.title}[/bold]\n{found.details}", style="", markup=True)
+        console.print(machine.line(found.machine), style="dim", markup=False)
+        console.print(terminal(cost_columns(found), found.rows))
+        if baselines := dense_baselines(found):
+            console.print(f"dense, ms/step: {baselines}\n", markup=False)
+        if found.synthetic:
+            console.print("random weights: no accuracy\n", markup=False)
+        else:
+            console.print(terminal(quality_columns(found), found.rows))
+    for record in _not_measured(groups):
+        console.print(f"{record['status']}: {_name(record)}: {_reason(record)}", markup=False)
+
+
+def _groups(out: str | Path) -> list[Group]:
+    records = store.latest(store.load(out))
+    if not records:
+        raise UsageError(f"'{out}' has no records: measure something first with `python -m harness run --out {out}`.")
+    return group(records)
+
+
+def _section(found: Group) -> list[str]:
+    newest = max((row.record for row in found.rows), key=lambda record: str(record["time"]))
+    parts = [
+        f"## {found.title}",
+        f"{found.details}.",
+        f"Machine: {machine.line(found.machine, newest.get('git'))}",
+    ]
+    parts += ["### Cost", markdown(cost_columns(found), found.rows)]
+    if baselines := dense_baselines(found):
+        parts.append(f"Dense in the same run, ms/step: {baselines}.")
+    if found.synthetic:
+        parts.append("Random weights: FLOPs, bytes and time are meaningful, an accuracy does not exist.")
+    else:
+        parts += ["### Quality", markdown(quality_columns(found), found.rows)]
+    if sites := site_columns(found):
+        rows = [row for row in found.rows if not row.is_baseline]
+        parts += ["### Density by site: mean (p99 over tokens)", markdown(sites, rows)] if rows else []
+    return [*parts, *_warnings(found)]
+
+
+def _warnings(found: Group) -> list[str]:
+    """What casts doubt on the numbers of a group."""
+    doubts = []
+    records = [row.record for row in found.rows]
+    gpus = [r["machine"].get("gpu") or {} for r in records]
+    if any(isinstance(gpu.get("throttle"), list) and gpu["throttle"] for gpu in gpus):
+        doubts.append("the GPU throttled its clocks")
+    if any(isinstance(gpu.get("processes"), int) and gpu["processes"] for gpu in gpus):
+        doubts.append("other processes used the GPU")
+    if any((r.get("git") or {}).get("dirty") for r in records):
+        doubts.append("some rows come from a tree with uncommitted changes")
+    if len({r.get("source") for r in records}) > 1:
+        doubts.append("not all rows come from the same source code")
+    doubts += sorted({note for row in found.rows for note in row.part("latency").get("notes") or ()})
+    return [f"**Caution:** {'; '.join(doubts)}."] if doubts else []
+
+
+def _not_measured(groups: Sequence[Group]) -> list[Record]:
+    return [record for found in groups for record in found.left_out]
+
+
+def _left_out(groups: Sequence[Group]) -> list[str]:
+    if not (records := _not_measured(groups)):
+        return []
+    body = [[_name(record), record["status"], _reason(record)] for record in records]
+    return ["## Not measured", github(["cell", "status", "reason"], body)]
+
+
+def _name(record: Record) -> str:
+    cell: dict[str, Any] = record["cell"]
+    density = "" if cell["density"] is None else f" {number(cell['density'])}"
+    return (
+        f"{cell['method']}{density}, {cell['model']}, {cell['mode']}, batch {cell['batch']}, context {cell['context']}"
+    )
+
+
+def _reason(record: Record) -> str:
+    lines = str(record.get("error") or "unknown").strip().splitlines()
+    return lines[-1][:300] if lines else "unknown"

@@ -1,0 +1,121 @@
+"""`run`: measures every cell of a plan and appends a record for each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import groupby
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from methods.errors import UsageError
+
+from . import plan
+from .plan import Cell
+
+if TYPE_CHECKING:
+    from .progress import Display
+    from .session import Session
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    plan.add_run_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Exit code 0 when every cell has a result, 1 when one failed (its record says why)."""
+    cells = plan.build_plan(args)
+    if args.dry_run:
+        print(dry_run(cells))
+        return 0
+    from . import machine, report, store
+
+    store.ensure_writable(args.out)
+    source, here = plan.source_hash(), machine.identity(cells[0].device)
+    done = set() if args.force else store.done_keys(args.out)
+    pending = [cell for cell in cells if cell.cell_key(source, here) not in done]
+    for note in plan.notes(cells):
+        print(f"note: {note}", file=sys.stderr)
+    if len(pending) < len(cells):
+        print(f"{len(cells) - len(pending)} of {len(cells)} cells are done already (--force repeats them)", file=sys.stderr)
+    failed = 0
+    for record in measure(pending, source, here):
+        store.append(args.out, record)
+        failed += record["status"] == "failed"
+    report.build(args.out)
+    report.show(args.out)
+    return 1 if failed else 0
+
+
+def dry_run(cells: list[Cell]) -> str:
+    """The plan as a table, with the cost of a decoded token and a rough time per cell."""
+    from .session import estimate, seconds
+
+    columns: list[dict[str, Any] | None] = []
+    shapes: dict[tuple[str, str], Any] = {}
+    for cell in cells:
+        if cell.not_applicable:
+            columns.append(None)
+            continue
+        column = estimate(cell)
+        shapes[cell.model, cell.dtype] = shape = column.pop("_shape")
+        columns.append({**column, "about [s]": f"{seconds(cell, shape):.0f}"})
+    return plan.describe(cells, columns)
+
+
+def measure(cells: list[Cell], source: str, here: str) -> Iterator[dict[str, Any]]:
+    """A record per cell, as soon as it is known; one model is in memory at a time."""
+    from . import machine
+    from .progress import Display
+
+    git = plan.git_state()
+
+    def same_model(cell: Cell) -> tuple[Any, ...]:
+        return cell.model, cell.weights, cell.device, cell.dtype, cell.corpus, cell.seed, cell.limit
+
+    with Display([0.1 if cell.not_applicable else 1.0 for cell in cells]) as display:
+        for _, group in groupby(cells, same_model):
+            session: Session | None = None
+            together = list(group)
+            for cell in together:
+                record: dict[str, Any] = {
+                    "key": cell.cell_key(source, here),
+                    "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "cell": cell.to_dict(),
+                    "source": source,
+                    "git": git,
+                }
+                start = perf_counter()
+                with display.cell(cell.label):
+                    result, session = _measure_cell(cell, together, session, display)
+                record |= {"seconds": round(perf_counter() - start, 2), "machine": machine.describe(cell.device), **result}
+                yield record
+            if session is not None:
+                session.close()
+
+
+def _measure_cell(
+    cell: Cell, together: list[Cell], session: Session | None, display: Display
+) -> tuple[dict[str, Any], Session | None]:
+    """The result of one cell; a failure becomes part of the record, so that the other cells still run."""
+    if cell.not_applicable:
+        return {"status": "not-applicable", "error": cell.not_applicable}, session
+    from .session import Session
+
+    try:
+        if session is None:
+            session = Session(together, display)
+        return {"status": "ok", "error": None, **session.measure(cell)}, session
+    except UsageError as error:
+        display.say(f"  {cell.label} failed: {error}")
+        return {"status": "failed", "error": str(error)}, session
+    except Exception as error:  # out of memory, a kernel that does not compile: recorded, and the next cell goes on
+        import traceback
+
+        text = "".join(traceback.format_exception(error)[-3:])
+        display.say(f"  {cell.label} failed: {type(error).__name__}: {error}")
+        return {"status": "failed", "error": f"{type(error).__name__}: {error}", "traceback": text}, session
+
+

@@ -1,0 +1,239 @@
+"""One loaded model and everything its cells share: text, dense reference, dense latency runners, artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from methods import Artifact, SparseModel, UsageError, sparsify
+from methods.artifact import fingerprint
+from methods.base import Progress
+from methods.registry import create
+from torch import Tensor
+
+from . import artifacts, cost, fidelity, latency, machine, models
+from .corpus import Corpus, load_corpus, token_windows
+from .plan import Cell
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+WINDOW = 1024  # tokens per perplexity window, or what the model can hold
+EVALUATION_BATCH = 8  # fixed, because in low precision results depend on it; it is in every record
+SYNTHETIC_STEPS = 64  # tokens that a random model generates, to count what its selections keep
+
+
+@dataclass
+class Quality:
+    """What a method's fidelity and tasks were, and what the meter saw: shared by cells that differ in batch or context."""
+
+    fidelity: dict[str, Any] | None
+    items: dict[str, list[float]]
+    accuracy: dict[str, Any]
+    counts: dict[tuple[str, int], list[Tensor]]
+
+
+class Session:
+    """Measures the cells of one model, weights, device and dtype."""
+
+    def __init__(self, cells: Sequence[Cell], progress: Progress) -> None:
+        """cells: all that this session will measure; they agree on model, weights, device, dtype, corpus and seed."""
+        self.cells, cell = cells, cells[0]
+        spec = models.resolve(cell.model)
+        progress(f"loading {cell.model}", 0, 1)
+        weights = "synthetic" if cell.weights == "synthetic" else "real"
+        self.loaded = models.load(spec, weights, cell.device, cell.dtype, cell.seed)
+        self.model = self.loaded.model
+        self.progress = progress
+        self.device = next(self.model.parameters()).device
+        self.synthetic = self.loaded.weights_kind == "synthetic"
+        self.shape = cost.Shape.of(self.model)
+        self.corpus: Corpus | None = None if self.synthetic else load_corpus(cell.corpus)
+        self.windows, self.bytes_per_token = self._windows(cell)
+        self.dense = fidelity.DenseReference()
+        self.bandwidth = self._bandwidth()
+        self._artifacts: dict[tuple[Any, ...], Artifact] = {}
+        self._quality: dict[tuple[Any, ...], Quality] = {}
+        self._bench: latency.Bench | None = None
+        self._bench_shape: tuple[int, int] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The record's `model` block."""
+        spec = self.loaded.spec
+        return {
+            "id": spec.hub_id or spec.name,
+            "revision": spec.revision,
+            "fingerprint": fingerprint(self.model),
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "architecture": self.loaded.config.model_type,
+        }
+
+    def artifact(self, cell: Cell) -> Artifact:
+        """The cell's artifact. All densities of a method are prepared together, so that they can share work."""
+        key = (cell.method, tuple(cell.options.items()))
+        if (*key, cell.density) not in self._artifacts:
+            same = [c for c in self.cells if (c.method, tuple(c.options.items())) == key and not c.not_applicable]
+            densities = list(dict.fromkeys(c.density for c in same))
+            corpus = self.corpus or Corpus("synthetic", (), (), ())
+            method = create(cell.method, cell.options)
+            found = artifacts.obtain(self.loaded, method, densities, corpus, cell.seed, self.progress)
+            self._artifacts.update({(*key, d): artifact for d, artifact in zip(densities, found, strict=True)})
+        return self._artifacts[*key, cell.density]
+
+    def measure(self, cell: Cell) -> dict[str, Any]:
+        """Everything a record says about this cell's method."""
+        artifact = self.artifact(cell)
+        if not self.synthetic and not self.dense.logprobs and cell.method != "dense":
+            self._fill_dense(cell)
+        bench = self._bench_for(cell)
+        with sparsify(self.model, artifact, cell.mode) as handle:
+            quality = self._quality_of(cell, handle)
+            handle.meter.counts.update(quality.counts)
+            timing = bench.measure(
+                handle, lambda: self._timed_bytes(handle, cell), lambda a, b: self.progress("decode latency", a, b)
+            )
+            costs, density = cost.record(handle, self.shape, cell.context, cell.batch)
+        return {
+            "model": self.describe(),
+            "corpus": None if self.corpus is None else {"name": self.corpus.name, "hash": self.corpus.hash},
+            "artifact": {"hash": artifact.hash, "options": artifact.options, "manifest": artifact.manifest},
+            "prepare": {k: artifact.manifest.get(k) for k in ("seconds", "tokens", "device")}
+            if "seconds" in artifact.manifest
+            else None,
+            "density": density,
+            "cost": costs,
+            "fidelity": quality.fidelity,
+            "accuracy": quality.accuracy,
+            "items": quality.items,
+            "evaluation_batch": EVALUATION_BATCH,
+            "latency": timing,
+        }
+
+    def close(self) -> None:
+        if self._bench is not None:
+            self._bench.close()
+
+    def _windows(self, cell: Cell) -> tuple[Tensor, float]:
+        positions = getattr(self.loaded.config.get_text_config(), "max_position_embeddings", WINDOW)
+        window = min(WINDOW, positions)
+        if self.corpus is None:
+            generator = torch.Generator().manual_seed(cell.seed)
+            vocabulary = self.loaded.config.get_text_config().vocab_size
+            return torch.randint(vocabulary, (max(8, cell.batch), window), generator=generator), 1.0
+        tokenizer = self.loaded.tokenizer
+        windows = token_windows(self.corpus.evaluation, tokenizer, window, max(8, cell.limit // 4), seed=cell.seed)
+        text = tokenizer.batch_decode(windows.tolist(), skip_special_tokens=True)
+        return windows, sum(len(t.encode()) for t in text) / windows.numel()
+
+    def _bandwidth(self) -> float | None:
+        if self.device.type != "cuda":
+            return None
+        from sparse_kernels import read_bandwidth
+
+        return read_bandwidth(self.device)
+
+    def _bench_for(self, cell: Cell) -> latency.Bench:
+        shape = (cell.batch, cell.context)
+        if self._bench is None or self._bench_shape != shape:
+            self.progress("dense baselines", 0, 1)
+            if self._bench is not None:
+                self._bench.close()
+            flat = self.windows.flatten()
+            if len(flat) < cell.batch * cell.context:
+                flat = flat.repeat(1 + cell.batch * cell.context // len(flat))
+            prompt = flat[: cell.batch * cell.context].view(cell.batch, cell.context).to(self.device)
+            self._bench, self._bench_shape = latency.Bench(self.model, prompt, self.bandwidth), shape
+        return self._bench
+
+    def _timed_bytes(self, handle: SparseModel, cell: Cell) -> int:
+        """Bytes that a timed step had to read, from what its own selections kept."""
+        found = cost.densities(handle, self.shape, unions=True)
+        overhead = sum(layer.overhead for layer in handle.layers())
+        spent = cost.decode_cost(self.shape, found, found, overhead, cell.context, cell.batch)
+        return spent.bytes * cell.batch
+
+    def _fill_dense(self, cell: Cell) -> None:
+        """A resumed run has its dense cell already, but other cells need the dense model's outputs again."""
+        dense = create("dense", {})
+        with sparsify(self.model, dense.artifact(self.model, None, {}, {}), cell.mode) as handle:
+            self._fidelity(handle)
+
+    def _fidelity(self, handle: SparseModel) -> tuple[dict[str, Any], dict[str, list[float]]]:
+        return fidelity.measure(
+            self.model,
+            handle,
+            self.windows,
+            self.dense,
+            self.bytes_per_token,
+            EVALUATION_BATCH,
+            lambda a, b: self.progress("perplexity", a, b),
+        )
+
+    def _quality_of(self, cell: Cell, handle: SparseModel) -> Quality:
+        key = (cell.method, tuple(cell.options.items()), cell.density, cell.mode)
+        if key in self._quality:
+            return self._quality[key]
+        if self.synthetic:
+            self._count_synthetic(handle)
+            quality = Quality(None, {}, {}, dict(handle.meter.counts))
+        else:
+            block, items = self._fidelity(handle)
+            counts = dict(handle.meter.counts)
+            scores: dict[str, Any] = {}
+            if cell.tasks:
+                from .accuracy import evaluate
+
+                self.progress("tasks", 0, 1)
+                scores, answers = evaluate(
+                    self.model,
+                    self.loaded.tokenizer,
+                    handle,
+                    cell.mode,
+                    list(cell.tasks),
+                    cell.limit,
+                    EVALUATION_BATCH,
+                    cell.seed,
+                    self.corpus,
+                )
+                items = {**items, **answers}
+            quality = Quality(block, items, scores, counts)
+        self._quality[key] = quality
+        return quality
+
+    @torch.inference_mode()
+    def _count_synthetic(self, handle: SparseModel) -> None:
+        """Densities on text that the random model generated itself; nothing about it is an accuracy."""
+        with handle.sparse():
+            text = fidelity.greedy(self.model, self.windows[:1, :16].to(self.device), SYNTHETIC_STEPS)
+        with handle.sparse(), handle.meter.on():
+            self.model(input_ids=text, use_cache=False, logits_to_keep=1)
+
+
+def estimate(cell: Cell) -> dict[str, Any]:
+    """Columns for `--dry-run`: cost per decoded token at the target density, from the architecture alone."""
+    from methods.registry import info
+    from transformers import AutoModelForCausalLM
+
+    configuration = models.config(models.resolve(cell.model))
+    with torch.device("meta"):
+        shape = cost.Shape.of(AutoModelForCausalLM.from_config(configuration, dtype=getattr(torch, cell.dtype)))
+    sites = set(info(cell.method).sites)
+    sites |= {"gate", "up", "down"} if "ffn" in sites else set()
+    density = 1.0 if cell.density is None else cell.density
+    found = {key: density if key[1] in sites else 1.0 for key in shape.linears}
+    spent = asdict(cost.decode_cost(shape, found, found, 0, cell.context, cell.batch))
+    return {"GFLOP/token": f"{spent['flops'] / 1e9:.3f}", "MB/token": f"{spent['bytes'] / 1e6:.1f}", "_shape": shape}
+
+
+def seconds(cell: Cell, shape: cost.Shape) -> float:
+    """A rough time for one cell: tokens it processes over what this kind of device does in practice."""
+    rate = 60e9 if cell.device == "cpu" else 100e12  # FLOP/s that evaluation reaches on small batches
+    tokens = max(8, cell.limit // 4) * WINDOW / 2 + cell.limit * len(cell.tasks) * 150
+    if cell.weights == "synthetic":
+        tokens = SYNTHETIC_STEPS
+    fixed = 4.0 if cell.device == "cpu" else 20.0  # decode steps; on a GPU also graph capture and compilation
+    return fixed + 2 * (shape.dense + shape.head) * tokens / rate
+
+

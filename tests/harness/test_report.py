@@ -1,0 +1,293 @@
+"""The leaderboard from fabricated records: formats, pairing, ranking, what is left out, and drift."""
+
+import argparse
+import copy
+import random
+from typing import Any
+
+import pytest
+from harness import report, rows, store, tables
+from methods.errors import UsageError
+
+GPU = {
+    "name": "Test GPU",
+    "uuid_hash": "abc123",
+    "driver": "1.2",
+    "cuda": "13.0",
+    "sm_clock": 1900,
+    "max_sm_clock": 1980,
+    "throttle": [],
+    "ecc": "on",
+    "processes": 0,
+}
+TASKS = ["stdlib_next_line", "stdlib_identifier"]
+
+
+def record(method: str = "dense", density: float | None = None, **changes: Any) -> dict[str, Any]:
+    """A record as `run` writes it: a method that keeps `density` costs as much less, and answers a little worse."""
+    keep = 1.0 if density is None else density
+    rng, items = random.Random(0), 100
+    harm = 0.0 if method in rows.BASELINES else (1 - keep) ** 3
+    answers = {t: [float(rng.random() < 0.6 - 0 * harm) for _ in range(items)] for t in TASKS}
+    for scores in answers.values():
+        for index in range(round(harm * 20)):
+            scores[index] = 0.0
+    nll = [2 + rng.random() / 10 + harm for _ in range(20)]
+    built: dict[str, Any] = {
+        "key": f"{method}-{density}",
+        "time": "2026-01-01T00:00:00+00:00",
+        "seconds": 1.0,
+        "status": "ok",
+        "error": None,
+        "cell": {
+            "model": "reference",
+            "weights": "reference",
+            "method": method,
+            "options": {},
+            "density": density,
+            "mode": "decode",
+            "batch": 1,
+            "context": 384,
+            "tasks": TASKS,
+            "corpus": "stdlib",
+            "limit": items,
+            "seed": 0,
+            "device": "cuda",
+            "dtype": "bfloat16",
+        },
+        "source": "s",
+        "git": {"commit": "0123456789abcdef", "dirty": False},
+        "machine": {
+            "identity": "m",
+            "gpu": GPU,
+            "cpu": {"model": "Test CPU", "cores": 2, "threads": 1},
+            "os": "Linux",
+            "python": "3.11",
+            "torch": "2.13",
+            "triton": None,
+            "transformers": "5.23",
+            "lm_eval": "0.4",
+        },
+        "density": {
+            "model": keep,
+            "sites": {"q": {"mean": keep, "p99": min(1.0, keep + 0.1), "layers": []}},
+            "union": None,
+        },
+        "cost": {
+            "decode": {"flops": 2e7 * keep, "flops_dense": 2e7, "bytes": 1.4e7 * keep, "bytes_dense": 1.4e7},
+            "prefill": {"flops": 1e9, "flops_dense": 1e9},
+        },
+        "fidelity": {"perplexity": 7.8, "bits_per_byte": 1.0, "kl": harm, "greedy_agreement": 1 - harm},
+        "accuracy": {
+            t: {"metric": "acc", "value": sum(a) / items, "n": items, "chance": 0.25, "higher_is_better": True}
+            for t, a in answers.items()
+        },
+        "items": {"nll": nll, "tokens": [512] * 20, **answers},
+        "latency": {
+            "path": "gpu",
+            "unit": "ms/step",
+            "median": 2.0 * keep,
+            "p10": 1.9 * keep,
+            "p90": 2.1 * keep,
+            "n": 100,
+            "dense": {"eager": {"median": 9.0}, "graph": {"median": 2.0}},
+            "baseline": "graph",
+            "speedup": 1 / keep,
+            "ci": [0.98 / keep, 1.02 / keep],
+            "verdict": "faster" if keep < 1 else "same",
+            "fraction_of_limit": 0.7,
+        },
+        "prepare": None if method in rows.BASELINES else {"seconds": 61.2, "tokens": 1_310_720, "device": "cuda"},
+    }
+    for name, value in changes.items():
+        if name in built["cell"]:
+            built["cell"][name] = value
+        else:
+            built[name] = value
+    return built
+
+
+def synthetic(method: str, density: float | None = None) -> dict[str, Any]:
+    return record(method, density, weights="synthetic", tasks=[], fidelity=None, accuracy={}, items={})
+
+
+FULL = [
+    record(),
+    record("null", 1.0),
+    record("teal", 0.9),
+    record("teal", 0.8),
+    record("teal", 0.4),
+    record("lte", 0.7),
+]
+
+
+def write(tmp_path: Any, records: list[dict[str, Any]]) -> str:
+    for entry in records:
+        store.append(tmp_path, entry)
+    return str(tmp_path)
+
+
+def page(records: list[dict[str, Any]]) -> str:
+    return report.page(rows.group(store.latest(records)))
+
+
+def test_page_has_units_machine_and_every_row() -> None:
+    text = page(FULL)
+    for expected in (
+        "Test GPU (abc123)",
+        "driver 1.2",
+        "git 0123456789",
+        "SM clock 1900 of 1980 MHz",
+        "executed GFLOP/token (÷ dense)",
+        "read MB/token (÷ dense)",
+        "ms/step, median [p10, p90]",
+        "Dense in the same run, ms/step: eager 9.00, graph 2.00 (the fastest).",
+        "stdlib_next_line, acc % (chance 25 %)",
+        "preparation, s",
+    ):
+        assert expected in text
+    cost = text.split("### Cost")[1].split("###")[0]
+    assert [line.split("|")[2].strip() for line in cost.splitlines() if line.startswith("|")][2:] == [
+        "dense", "null", "lte", "teal", "teal", "teal",
+    ]  # fmt: skip
+    assert "0.0160 (0.800)" in cost  # GFLOP/token of teal 0.8 and its ratio to dense
+    assert "1.31 M" in cost
+
+
+def test_null_and_dense_are_exact() -> None:
+    cost = page(FULL).split("### Cost")[1].split("###")[0]
+    null = next(line for line in cost.splitlines() if "| null" in line)
+    assert "0.0200 (1.000)" in null and "14.0 (1.000)" in null
+
+
+def test_rank_is_by_speed_within_the_budget_and_losers_stay() -> None:
+    (group,) = rows.group(FULL)
+    ranks = {row.label: row.rank for row in group.rows}
+    assert ranks["lte 0.7"] == 1 and ranks["teal 0.8"] == 2 and ranks["teal 0.9"] == 3
+    assert ranks["teal 0.4"] is None and ranks["dense"] is None and ranks["null"] is None
+    assert tables.budget(next(r for r in group.rows if r.label == "teal 0.4")) == "> 3 %"
+
+
+def test_loss_is_the_worse_of_bits_and_tasks() -> None:
+    dense = record()
+    harmless = record("teal", 0.5, items=dense["items"], accuracy=dense["accuracy"])
+    (group,) = rows.group([dense, harmless])
+    assert group.rows[1].loss == (0.0, 0.0)
+    worse = copy.deepcopy(dense["items"])
+    worse["nll"] = [x + 0.1 for x in worse["nll"]]
+    (group,) = rows.group([dense, record("teal", 0.5, items=worse, accuracy=dense["accuracy"])])
+    loss = group.rows[1].loss
+    assert loss is not None and loss[0] == pytest.approx(100 * 0.1 / 2.0541, rel=0.01)  # ln 7.8 = 2.0541
+
+
+def test_perplexity_ratio_is_weighted_by_tokens() -> None:
+    dense, sparse = record(), record("teal", 0.5)
+    dense["items"] |= {"nll": [1.0, 1.0], "tokens": [300, 100]}
+    sparse["items"] |= {"nll": [1.0, 2.0], "tokens": [300, 100]}
+    ratio = rows.Row(sparse, dense).perplexity_ratio
+    assert ratio is not None and ratio.estimate == pytest.approx(2.718281828**0.25)
+
+
+def test_items_of_other_length_are_not_compared() -> None:
+    sparse = record("teal", 0.5)
+    sparse["items"]["nll"] = sparse["items"]["nll"][:-1]
+    assert rows.Row(sparse, record()).nll is None
+    assert rows.Row(sparse, None).tasks == {} and rows.Row(sparse, None).loss is None
+
+
+def test_synthetic_weights_have_no_accuracy_and_no_rank() -> None:
+    text = page([synthetic("dense"), synthetic("teal", 0.5)])
+    assert "an accuracy does not exist" in text
+    tables_only = text.split("## reference")[1]
+    assert "perplexity" not in tables_only and "### Quality" not in tables_only and "| rank" not in tables_only
+
+
+def test_cpu_latency_is_labelled_and_not_compared() -> None:
+    text = page([record(device="cpu"), record("teal", 0.8, device="cpu")])
+    cost = text.split("### Cost")[1].split("###")[0]
+    assert "CPU reference path, not ranked" in cost
+    assert "speed-up" not in cost and "verdict" not in cost and "rank " not in cost.replace("not ranked", "")
+
+
+def test_settings_and_machines_never_share_a_table() -> None:
+    other = record("teal", 0.5)
+    other["machine"] = {**other["machine"], "identity": "another"}
+    groups = rows.group([record(), record("teal", 0.5, batch=8), other])
+    assert len(groups) == 3 and all(len(group.rows) == 1 for group in groups)
+
+
+def test_latest_record_of_a_cell_wins() -> None:
+    older, newer = record("teal", 0.5), record("teal", 0.5, source="t", seconds=2.0)
+    assert store.latest([older, record(), newer]) == [newer, record()]
+
+
+def test_failed_and_not_applicable_cells_are_listed_with_their_reason() -> None:
+    failed = record("lte", 0.5, status="failed", error="Traceback\nOutOfMemoryError: too | large", cost=None)
+    absent = record("teal", 0.3, status="not-applicable", error="teal needs a layout.")
+    text = page([record(), failed, absent])
+    listed = text.split("## Not measured")[1]
+    assert "OutOfMemoryError: too \\| large" in listed and "teal needs a layout." in listed
+    assert "OutOfMemoryError" not in text.split("## Not measured")[0]
+
+
+def test_missing_parts_are_dashes() -> None:
+    bare = record("teal", 0.5, latency=None, fidelity=None, accuracy={}, items={}, cost={}, prepare=None)
+    bare["density"] = None
+    assert tables.NONE in page([record(), bare])
+
+
+def test_warnings() -> None:
+    dirty = record(git={"commit": "1" * 40, "dirty": True})
+    dirty["machine"] = {**dirty["machine"], "gpu": {**GPU, "throttle": ["power cap"], "processes": 2}}
+    text = page([dirty])
+    for doubt in ("uncommitted changes", "throttled", "other processes"):
+        assert doubt in text.split("**Caution:**")[1]
+
+
+def test_report_writes_and_check_sees_drift(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    out = write(tmp_path, FULL)
+    assert report.check(out) == 1  # nothing written yet
+    files = report.build(out)
+    assert [f.name for f in files] == ["LEADERBOARD.md", "pareto.png", "pareto.svg"]
+    before = [f.read_bytes() for f in files]
+    assert report.main(argparse.Namespace(out=out, check=True)) == 0
+    report.build(out)
+    assert [f.read_bytes() for f in files] == before
+    store.append(tmp_path, record("teal", 0.6))
+    capsys.readouterr()
+    assert report.main(argparse.Namespace(out=out, check=True)) == 1
+    assert "run `python -m harness report" in capsys.readouterr().out
+    assert [f.read_bytes() for f in files] == before
+    report.build(out)
+    (tmp_path / "pareto.png").unlink()
+    assert report.check(out) == 1
+
+
+def test_terminal_tables_fit_120_columns(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    out = write(tmp_path, FULL)
+    assert report.main(argparse.Namespace(out=out, check=False)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("teal 0.8" in line for line in lines)
+    assert max(len(line) for line in lines if not line.startswith("wrote")) <= 120
+
+
+def test_no_records_is_a_usage_error(tmp_path: Any) -> None:
+    with pytest.raises(UsageError, match="no folder"):
+        report.build(tmp_path / "absent")
+    with pytest.raises(UsageError, match="no records"):
+        report.build(tmp_path)
+
+
+def test_front() -> None:
+    from harness.plots import front
+
+    points = [(10.0, 1.0), (5.0, 1.2), (7.0, 1.3), (3.0, 2.0)]
+    assert front(points, larger=False) == [(3.0, 2.0), (5.0, 1.2), (10.0, 1.0)]
+    assert front([(3.0, 0.5), (5.0, 0.4), (6.0, 0.9)], larger=True) == [(3.0, 0.5), (6.0, 0.9)]
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (0, "0"), (0.02, "0.0200"), (1.234, "1.23"), (13.26, "13.3"), (13262.4, "13,262")]
+)
+def test_number(value: float | None, text: str) -> None:
+    assert tables.number(value) == text

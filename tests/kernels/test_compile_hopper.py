@@ -1,0 +1,44 @@
+"""Ahead-of-time compilation for Hopper, in a process of its own: the tests' process interprets the kernels."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def launches():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, str(HERE / "hopper.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_kernel_compiles(launches):
+    import sparse_kernels
+
+    sources = Path(sparse_kernels.__file__).parent.rglob("*.py")
+    kernels = {name for path in sources for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)}
+    assert {record["kernel"] for record in launches} == kernels and len(kernels) >= 5
+    assert all(record["target"] == "sm_90a" for record in launches)
+
+
+@pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float16"])
+@pytest.mark.parametrize("kernel", ["gather_kernel", "hidden_kernel"])
+@pytest.mark.parametrize("batch", [1, 16, 64])
+def test_weights_load_sixteen_bytes_at_a_time(launches, kernel, dtype, batch):
+    found = [r for r in launches if (r["kernel"], r["dtype"], r["batch"]) == (kernel, dtype, batch)]
+    assert found and all(record["wide_loads"] > 0 for record in found)
+    assert all(record["matrix"] == (batch > 1) for record in found)
+
+
+def test_no_kernel_spills_or_outgrows_shared_memory(launches):
+    assert not [r for r in launches if r["spills"] or r["shared"] > 227 * 1024]

@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from methods import sparsify
+from methods.base import Data
+from methods.lte import LteOptions, _dequantise, _Student, penalties, quantise
+from methods.registry import parse
+from methods.shared.clustering import _stable, balanced_kmeans, expert_permutation
+from methods.shared.training import train
+from sparse_kernels.layers import ExpertFFN, Meter, Phase
+
+from tests.methods.models import MODELS, data, llama, windows
+
+FAST = "lte:stage1_steps=4:stage2_steps=2:trials=1:batch=2:lr=0.01"
+
+
+def student(model: torch.nn.Module, **options: float) -> _Student:
+    permutations = {f"permutation.{i}": torch.randperm(128).int() for i in range(2)}
+    return _Student(LteOptions(**options), model, permutations, None, 0.01, windows(16), 0, lambda *a: None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n,size", [(128, 32), (96, 8), (64, 64), (40, 1)])
+def test_clusters_are_balanced_and_reproducible(n: int, size: int) -> None:
+    features = torch.randn(n, 16, generator=torch.Generator().manual_seed(0))
+    labels = balanced_kmeans(features, size)
+    assert torch.bincount(labels).tolist() == [size] * (n // size)
+    assert torch.equal(labels, balanced_kmeans(features, size))
+    assert sorted(expert_permutation(labels).tolist()) == list(range(n))
+
+
+def test_clusters_find_planted_groups() -> None:
+    centres = torch.eye(4, 16).repeat_interleave(8, 0)
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(1))
+    labels = balanced_kmeans((centres + 0.05 * torch.randn(32, 16))[order], 8)
+    groups = [set(labels[(order // 8) == g].tolist()) for g in range(4)]
+    assert all(len(group) == 1 for group in groups) and len(set.union(*groups)) == 4
+
+
+def test_the_matching_for_large_layers_is_balanced() -> None:
+    cost = torch.rand(96, 6, generator=torch.Generator().manual_seed(0))
+    labels = _stable(cost, 16)
+    assert torch.bincount(labels).tolist() == [16] * 6
+    assert cost[torch.arange(96), labels].mean() < cost.mean()
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_all_experts_on_is_the_dense_model(make: object) -> None:
+    """Permuting neurons and switching every expert on changes nothing; switching all off leaves only biases."""
+    model, ids = make(), windows(2)  # type: ignore[operator]
+    dense = model(input_ids=ids).logits
+    s = student(model)
+    for layer in s.layers:
+        layer.threshold.fill_(-torch.inf)
+    assert torch.allclose(s.model(input_ids=ids).logits, dense, atol=1e-4)
+    for layer in s.layers:
+        layer.threshold.fill_(torch.inf)
+    x = torch.randn(3, 64)
+    off = s.layers[0](x)
+    bias = s.layers[0].down.bias
+    assert torch.allclose(off, torch.zeros_like(off) if bias is None else bias.expand_as(off))
+
+
+def test_soft_scores_scale_experts() -> None:
+    s = student(llama())
+    layer, x = s.layers[0], torch.randn(5, 64)
+    layer.soft = True
+    with torch.no_grad():
+        layer.router.zero_()
+    assert torch.allclose(layer(x), 0.5 * layer.down(layer.hidden(x).flatten(-2)), atol=1e-6)
+    assert torch.equal(layer.scores, torch.full((5, 4), 0.5))
+
+
+def test_the_hard_decision_ignores_the_size_of_scores() -> None:
+    gate, up, down = torch.nn.Linear(16, 64), torch.nn.Linear(16, 64), torch.nn.Linear(64, 16)
+    phase = Phase()
+    phase.active = True
+    x, router = torch.randn(7, 16), torch.randn(8, 16)
+    outputs = []
+    for scale in (1.0, 3.0):
+        layer = ExpertFFN(gate, up, down, "silu", scale * router, torch.zeros(1), 0, phase, Meter())
+        outputs.append(layer(x))
+    assert torch.equal(*outputs)
+    z = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0])])
+    assert torch.equal(torch.sigmoid(z) > 0.5, z > 0)
+
+
+def test_penalties_follow_their_definitions() -> None:
+    scores = torch.rand(3, 5, 4)
+    efficiency, separability = penalties(scores, 1e-2)
+    assert efficiency == pytest.approx(float((scores**2).mean()))
+    assert separability == pytest.approx(float((1 / ((scores - 0.5) ** 2 + 1e-2)).mean()), rel=1e-5)
+    assert penalties(torch.ones(2, 4), 1e-12)[0] == 1.0
+    assert penalties(torch.ones(2, 4), 1e-12)[1] == pytest.approx(4.0)
+    assert penalties(torch.full((2, 4), 0.5), 1e-2)[1] == pytest.approx(100.0)
+
+
+def test_the_efficiency_penalty_alone_closes_gates_and_separability_alone_parts_them() -> None:
+    logits = torch.randn(64, 8, generator=torch.Generator().manual_seed(0)).mul(0.3).requires_grad_()
+    means = []
+    for _ in range(20):
+        efficiency, _ = penalties(torch.sigmoid(logits), 1e-2)
+        means.append(float(torch.sigmoid(logits.detach()).mean()))
+        (grad,) = torch.autograd.grad(efficiency, logits)
+        logits = (logits - 100 * grad).detach().requires_grad_()
+    assert means == sorted(means, reverse=True)
+    logits = torch.tensor([-0.5, 0.5], requires_grad=True)
+    (grad,) = torch.autograd.grad(penalties(torch.sigmoid(logits), 1e-2)[1], logits)
+    assert grad[0] > 0 > grad[1]  # descent moves each away from the threshold, on its own side
+
+
+def test_stages_train_what_they_should() -> None:
+    model = llama()
+    s = student(model)
+    embedding = model.get_input_embeddings().weight.clone()
+    routers = [layer.router.detach().clone() for layer in s.layers]
+    s.train_soft(1.0, 2, "stage 1", None)
+    assert all(not torch.equal(layer.router, before) for layer, before in zip(s.layers, routers, strict=True))
+    routers = [layer.router.detach().clone() for layer in s.layers]
+    before = {n: p.detach().clone() for n, p in s.parameters.items() if p.requires_grad}
+    s.train_hard(2, "stage 2", None)
+    assert all(torch.equal(layer.router, r) for layer, r in zip(s.layers, routers, strict=True))
+    assert any(not torch.equal(s.parameters[n], v) for n, v in before.items())
+    assert torch.equal(s.model.get_input_embeddings().weight, embedding)
+
+
+def test_a_larger_eta_gives_a_lower_density() -> None:
+    densities = []
+    for eta in (0.0, 2.0, 20.0):
+        s = student(llama())
+        s.train_soft(eta, 30, "stage 1", None)
+        densities.append(s.density(data().calibration))
+    assert densities[0] >= densities[1] >= densities[2] and densities[0] > densities[2] + 0.1
+
+
+def test_the_artifact_reproduces_the_student() -> None:
+    """Only the rounding of the stored differences to 8 bits lies between them."""
+    model, ids = llama(), windows(2)
+    s = student(model)
+    s.train_soft(1.0, 10, "stage 1", None)
+    s.train_hard(0, "stage 2", None)
+    permutations = {f"permutation.{i}": torch.arange(128).int() for i in range(2)}
+    torch.manual_seed(0)
+    s2 = _Student(LteOptions(), model, permutations, None, 0.01, windows(16), 0, lambda *a: None)
+    s2.train_soft(1.0, 10, "stage 1", None)
+    s2.train_hard(0, "stage 2", None)
+    artifact = parse("lte").artifact(model, 0.5, s2.tensors(model, permutations), {})
+    with torch.no_grad(), sparsify(model, artifact, "all"):
+        stored = model(input_ids=ids).logits
+    expected = s2.model(input_ids=ids).logits
+    assert (stored - expected).norm() / expected.norm() < 0.02
+
+
+def test_differences_in_eight_bits() -> None:
+    delta = torch.randn(6, 50) * torch.logspace(-4, 0, 6)[:, None]
+    values, scale = quantise(delta)
+    found = _dequantise({"delta.w": values, "scale.w": scale}, "w")
+    assert values.dtype == torch.int8 and ((found - delta).abs() <= delta.abs().amax(1, keepdim=True) / 254 + 1e-9).all()
+    vector = torch.randn(7)
+    values, scale = quantise(vector)
+    assert torch.allclose(_dequantise({"delta.b": values, "scale.b": scale}, "b"), vector, atol=float(vector.abs().max()) / 200)
+    assert torch.equal(_dequantise(dict(zip(("delta.z", "scale.z"), quantise(torch.zeros(2, 3)), strict=True)), "z"), torch.zeros(2, 3))
+
+
+def test_interrupted_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    def run(model: torch.nn.Module, steps_before_kill: int | None) -> list[float]:
+        seen = 0
+
+        def loss(ids: torch.Tensor) -> torch.Tensor:
+            nonlocal seen
+            if steps_before_kill is not None and seen == steps_before_kill:
+                raise KeyboardInterrupt
+            seen += 1
+            return model(input_ids=ids, labels=ids).loss
+
+        kwargs = {"steps": 6, "batch": 2, "learning_rate": 1e-3}
+        return train(model.requires_grad_(True), windows(8), loss, checkpoint=tmp_path / "state.safetensors", **kwargs)  # type: ignore[arg-type]
+
+    import methods.shared.training as training
+
+    straight = llama()
+    expected = train(
+        straight.requires_grad_(True),
+        windows(8),
+        lambda ids: straight(input_ids=ids, labels=ids).loss,
+        steps=6,
+        batch=2,
+        learning_rate=1e-3,
+    )
+    training.CHECKPOINT_SECONDS, before = 0.0, training.CHECKPOINT_SECONDS
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(llama(), 3)
+        resumed = llama()
+        losses = run(resumed, None)
+    finally:
+        training.CHECKPOINT_SECONDS = before
+    assert losses == pytest.approx(expected, rel=1e-5)
+    for a, b in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-6)
+    assert run(llama(), 0) == losses  # a finished stage is read back, not trained again
+
+
+def test_the_search_stops_within_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
+    from methods import lte
+
+    class Curve(lte._Trainer):
+        def _stage1(self, eta: float) -> None:
+            self.density[eta] = 1 / (1 + eta)
+
+    d = Data(windows(4), lambda n: windows(n), {"name": "r", "hash": "0"})
+    trainer = Curve(LteOptions(trials=12, tolerance=0.01), llama(), d, lambda *a: None)
+    for target in (0.9, 0.5, 0.2, 0.05):
+        assert abs(trainer.density[trainer._search(target)] - target) <= 0.01
+    assert len(trainer.density) < 30
+
+
+def test_a_width_that_experts_do_not_divide_is_explained() -> None:
+    reason = parse("lte").why_not(llama(intermediate_size=172).config)
+    assert reason and "172" in reason and "expert_size=4" in reason or "expert_size=" in str(reason)
+    assert parse("lte:expert_size=4").why_not(llama(intermediate_size=172).config) is None
