@@ -72,14 +72,6 @@ def obtain(
     force: bool = False,
 ) -> Iterator[Artifact]:
     """One artifact per density, in order: cached, else shipped, else prepared now and cached. `force` prepares anew."""
-    if loaded.weights_kind == "synthetic":
-        import torch
-
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(loaded.config.vocab_size, (2, WINDOW // 2), generator=generator)
-        for density in densities:
-            yield method.synthesize(loaded.model, density, tokens)
-        return
     if method.training == "none":
         yield from (method.artifact(loaded.model, density, {}, {}) for density in densities)
         return

@@ -28,11 +28,12 @@ class SparseLM(HFLM):
     decode step. Sparse are, by mode:
 
     - decode: the n decode steps
+    - last-<x>%: the n decode steps, and the last x % of the prefill
     - all: every position
-    - last-<x>%: the last x % of all m + n - 1 positions
 
     Padding is always dense and thus counts in no density. The choices of an item share one prefill of their context.
-    Without a method, log-likelihoods equal those of `HFLM` up to the rounding of another order of summation.
+    Without a method, log-likelihoods equal those of `HFLM(logits_cache=False)` up to rounding. (HFLM's default cache
+    mixes up requests whose tokens are the same but split elsewhere into context and continuation.)
 
     `sparsity`: an artifact's folder or hub id, attached in place; `handle`: a `SparseModel` that is attached already.
     Raises UsageError on an unknown mode, an encoder-decoder model, and requests to sample.
@@ -63,6 +64,11 @@ class SparseLM(HFLM):
     def generate_until(self, requests: Any, disable_tqdm: bool = True) -> list[str]:
         return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
+    def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As lm-eval; but where merged tokens leave no continuation (it then fails), the two are encoded apart."""
+        left, right = super()._encode_pair(context, continuation)
+        return left, right or self.tok_encode(continuation, add_special_tokens=False)
+
     @torch.inference_mode()
     def _loglikelihood_tokens(
         self, requests: Sequence[Any], disable_tqdm: bool = True, override_bs: int | None = None
@@ -70,9 +76,14 @@ class SparseLM(HFLM):
         """(log-probability of the continuation, whether it is greedy) of each (strings, context, continuation)."""
         rows = []
         for _, context, continuation in requests:
+            if len(continuation) > self.max_length:
+                raise UsageError(
+                    f"an answer of {len(continuation)} tokens exceeds the model's {self.max_length} positions: "
+                    "choose a task with shorter answers."
+                )
             inputs = (context + continuation)[-(self.max_length + 1) : -1]
-            cut, first = len(inputs) - len(continuation), self._first_sparse(len(inputs), len(continuation))
-            rows.append((tuple(inputs[:cut]), inputs[cut:], first, continuation))
+            cut = len(inputs) - len(continuation)
+            rows.append((tuple(inputs[:cut]), inputs[cut:], continuation))
         # Long first, so that memory runs out at once if at all; equal contexts next to each other.
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]), rows[i][0], -len(rows[i][1])))
         answers: list[Any] = [None] * len(rows)
@@ -83,20 +94,17 @@ class SparseLM(HFLM):
                 answers[index] = answer
         return answers
 
-    def _score(self, rows: list[tuple[tuple[int, ...], list[int], int, list[int]]]) -> list[tuple[float, bool]]:
-        # Prefill each distinct context once; a context that is sparse from elsewhere on is another one.
-        keys = [(context, min(first, len(context))) for context, _, first, _ in rows]
-        distinct = list(dict.fromkeys(keys))
-        ids, known = _pad([context for context, _ in distinct], self.device, left=True)
-        cache = self._prefill(ids, known, torch.tensor([first for _, first in distinct], device=self.device))
-        owner = torch.tensor([distinct.index(key) for key in keys], device=self.device)
+    def _score(self, rows: list[tuple[tuple[int, ...], list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """As above, for one batch of (prefill, decode steps, continuation)."""
+        prompts = list(dict.fromkeys(prompt for prompt, _, _ in rows))
+        ids, known = _pad(prompts, self.device, left=True)
+        cache = self._prefill(ids, known)
+        owner = torch.tensor([prompts.index(prompt) for prompt, _, _ in rows], device=self.device)
         cache.batch_select_indices(owner)
 
-        inputs, valid = _pad([steps for _, steps, _, _ in rows], self.device)
-        targets, _ = _pad([continuation for *_, continuation in rows], self.device)
-        seen = torch.cat([known[owner], valid], dim=1)
-        first = torch.tensor([first for _, _, first, _ in rows], device=self.device)
-        logits = self._forward(inputs, seen, first, cache)
+        steps, valid = _pad([steps for _, steps, _ in rows], self.device)
+        targets, _ = _pad([continuation for _, _, continuation in rows], self.device)
+        logits = self._forward(steps, torch.cat([known[owner], valid], dim=1), valid, cache)
         picked = log_softmax(logits, dim=-1, dtype=self.softmax_dtype).gather(2, targets[..., None])[..., 0]
         totals = picked.masked_fill(~valid, 0).sum(1)
         greedy = ((logits.argmax(-1) == targets) | ~valid).all(1)
@@ -109,17 +117,13 @@ class SparseLM(HFLM):
         """Greedy continuation of left-padded prompts [B, P]: tokens [B, at most max_length], padded on the right."""
         if kwargs.get("do_sample") or kwargs.get("temperature") or kwargs.get("num_beams", 1) > 1:
             raise UsageError("a task asks for sampling or beams: choose a greedy one, so that methods stay comparable.")
-        seen = torch.ones_like(context) if attention_mask is None else attention_mask
-        seen = seen.bool()
-        lengths = seen.sum(1)
-        first = torch.tensor([self._first_sparse(length, 1) for length in lengths.tolist()], device=self.device)
-        cache = self._prefill(context[:, :-1], seen[:, :-1], first)
+        seen = (torch.ones_like(context) if attention_mask is None else attention_mask).bool()
+        cache = self._prefill(context[:, :-1], seen[:, :-1])
         ends = set(_as_list(self.model.generation_config.eos_token_id)) | {self.eot_token_id}
         written: list[list[int]] = [[] for _ in context]
         live, token = list(range(len(context))), context[:, -1:]
         for _ in range(max_length - context.shape[1]):
-            logits = self._forward(token, seen, lengths - 1, cache)
-            token = logits[:, -1].argmax(-1, keepdim=True)
+            token = self._forward(token, seen, True, cache)[:, -1].argmax(-1, keepdim=True)
             for row, new in zip(live, token[:, 0].tolist(), strict=True):
                 written[row].append(new)
             keep = [i for i, row in enumerate(live) if not self._finished(written[row], ends, stop)]
@@ -128,8 +132,8 @@ class SparseLM(HFLM):
             if len(keep) < len(live):
                 index = torch.tensor(keep, device=self.device)
                 cache.batch_select_indices(index)
-                seen, lengths, token, live = seen[index], lengths[index], token[index], [live[i] for i in keep]
-            seen, lengths = torch.cat([seen, torch.ones_like(token, dtype=torch.bool)], dim=1), lengths + 1
+                seen, token, live = seen[index], token[index], [live[i] for i in keep]
+            seen = torch.cat([seen, torch.ones_like(token, dtype=torch.bool)], dim=1)
         new, valid = _pad(written, self.device)
         return torch.cat([context, new.masked_fill(~valid, self.tokenizer.pad_token_id)], dim=1)
 
@@ -139,23 +143,24 @@ class SparseLM(HFLM):
         text = self.tok_decode(tokens)
         return any(term in text for term in stop if term)
 
-    def _first_sparse(self, length: int, decoded: int) -> int:
-        """The first sparse position of `length`, of which the last `decoded` are decode steps."""
-        return length - (round(length * self.fraction) if self.fraction else decoded)
-
-    def _prefill(self, ids: Tensor, known: Tensor, first: Tensor) -> DynamicCache:
-        """The cache of left-padded tokens [B, T], whose valid positions from `first` [B] on are sparse."""
+    def _prefill(self, ids: Tensor, valid: Tensor) -> DynamicCache:
+        """The cache of left-padded tokens [B, T], dense but for the share of its end that the mode makes sparse."""
         cache = DynamicCache(config=self.config)
         if ids.shape[1]:
-            self._forward(ids, known, first, cache, logits_to_keep=1)
+            length = valid.sum(1, keepdim=True)
+            late = valid.cumsum(1) > length - (length * self.fraction).round()
+            self._forward(ids, valid, late & valid, cache, logits_to_keep=1)
         return cache
 
-    def _forward(self, ids: Tensor, seen: Tensor, first: Tensor, cache: DynamicCache, **kwargs: Any) -> Tensor:
-        """Logits [B, T, V] of the tokens [B, T] after the cache; `seen` [B, past + T]: which positions are valid."""
-        length = ids.shape[1]
-        position = (seen.cumsum(1) - 1)[:, -length:].clamp(min=0)
-        sparse = seen[:, -length:] & (position >= first[:, None])
-        with self.handle.positions(sparse if sparse.any() else False) if self.handle else nullcontext():
+    def _forward(self, ids: Tensor, seen: Tensor, sparse: bool | Tensor, cache: DynamicCache, **kwargs: Any) -> Tensor:
+        """Logits [B, T, V] of tokens [B, T] after a cache of P positions, `sparse` where that [B, T] is true.
+
+        seen: bool [B, P + T], False where a position is padding.
+        """
+        position = (seen.cumsum(1) - 1)[:, -ids.shape[1] :].clamp(min=0)
+        if isinstance(sparse, Tensor) and (sparse.all() or not sparse.any()):
+            sparse = bool(sparse.all())  # lets the layers take their fast path
+        with self.handle.positions(sparse) if self.handle else nullcontext():
             return self.model(
                 input_ids=ids,
                 attention_mask=seen.long(),

@@ -44,7 +44,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
 
 
 def identity(device: str = "cpu") -> str:
-    """A short hash of what decides a number (the GPU or the CPU, the driver, the versions), but not of its clocks."""
+    """A short hash of what decides a number: the GPU and its driver, or the CPU and its threads; the versions."""
     return describe(device)["identity"]
 
 
@@ -99,9 +99,9 @@ def line(machine: dict[str, Any], git: dict[str, Any] | None = None) -> str:
 
 
 def _hash(machine: dict[str, Any]) -> str:
-    gpu = machine["gpu"] or {}
-    stable = [gpu.get("name"), gpu.get("uuid_hash"), gpu.get("driver"), gpu.get("cuda"), machine["cpu"], machine["os"]]
-    stable += [machine["python"], *(machine[key] for key in LIBRARIES)]
+    gpu, cpu = machine["gpu"], machine["cpu"]
+    processor = [gpu[key] for key in ("name", "uuid_hash", "driver", "cuda")] if gpu else [cpu["cores"], cpu["threads"]]
+    stable = [*processor, cpu["model"], machine["python"], *(machine[key] for key in LIBRARIES)]
     return hashlib.sha256(repr(stable).encode()).hexdigest()[:12]
 
 

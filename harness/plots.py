@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from math import log
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from .rows import Group, Row
@@ -82,7 +84,8 @@ def pareto(groups: Iterable[Group], path: Path) -> list[Path]:
                 _draw(axis, group, panel, styles)
             for axis in line[len(found) :]:
                 axis.set_visible(False)
-            line[0].set_title(f"{group.title}\n{group.details}", loc="left", fontsize=8.5)
+            title = [part for text in (group.title, group.details) for part in wrap(text, 64 * columns)]
+            line[0].set_title("\n".join(title), loc="left", fontsize=8.5)
         files = [path, path.with_suffix(".svg")]
         figure.savefig(files[0], dpi=130, metadata={"Software": None})
         figure.savefig(files[1], metadata={"Date": None, "Creator": None})
@@ -118,7 +121,7 @@ def _draw(axis: Any, group: Group, panel: Panel, styles: dict[str, tuple[str, st
             axis.plot(xs, ys, "*", color="black", markersize=12, label="dense", zorder=4)
             axis.axhline(ys[0], color="black", linewidth=0.6, linestyle=":", zorder=0)
         elif method == "null":
-            axis.plot(xs, ys, "x", color="#777777", markersize=8, label="null (framework alone)", zorder=3)
+            axis.plot(xs, ys, "x", color="#777777", markersize=8, label="null", zorder=3)
         else:
             (colour, marker), line = styles[method], ":" if method in drawn else "-"  # other options: dotted
             drawn.add(method)
@@ -141,9 +144,13 @@ def _log_axis(axis: Any, values: Sequence[float]) -> None:
     """A log axis with plain labels at steps that fit its range."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    steps = (0.9, 1, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000, 10000)
-    top, bottom = max(values) * 1.1, min(values) / 1.02
+    steps = (1, 0.9, 1000, 100, 10, 2, 5, 1.5, 1.2, 3, 20, 50, 1.1, 1.35, 1.05, 1.02)  # the welcome ones first
+    bottom, top = min(values) / 1.02, max(values) * 1.1
+    ticks: list[float] = []
+    for step in steps:
+        if bottom <= step <= top and all(abs(log(step / tick)) > log(top / bottom) / 14 for tick in ticks):
+            ticks.append(step)
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(FixedLocator([s for s in steps if bottom <= s <= top] or [1]))
+    axis.yaxis.set_major_locator(FixedLocator(sorted(ticks) or [1]))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))

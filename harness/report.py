@@ -13,7 +13,7 @@ from methods.errors import UsageError
 from . import machine, store
 from .rows import BUDGETS, Group, group
 from .store import Record
-from .tables import cost_columns, dense_baselines, github, markdown, number, quality_columns, site_columns, terminal
+from .tables import cost_columns, dense_baselines, github, markdown, quality_columns, site_columns, terminal
 
 PAGE = "LEADERBOARD.md"
 PLOT = "pareto.png"
@@ -180,7 +180,7 @@ def _left_out(groups: Sequence[Group]) -> list[str]:
 
 def _name(record: Record) -> str:
     cell: dict[str, Any] = record["cell"]
-    density = "" if cell["density"] is None else f" {number(cell['density'])}"
+    density = "" if cell["density"] is None else f" {cell['density']:g}"
     return (
         f"{cell['method']}{density}, {cell['model']}, {cell['mode']}, batch {cell['batch']}, context {cell['context']}"
     )

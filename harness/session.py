@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 WINDOW = 1024  # tokens per perplexity window, or what the model can hold
 EVALUATION_BATCH = 8  # fixed, because in low precision results depend on it; it is in every record
-SYNTHETIC_STEPS = 64  # tokens that a random model generates, to count what its selections keep
+SYNTHETIC_TEXTS, SYNTHETIC_STEPS = 8, 48  # a random model's own texts, and tokens of each, to count selections on
 
 
 @dataclass
@@ -76,9 +76,12 @@ class Session:
         if (*key, cell.density) not in self._artifacts:
             same = [c for c in self.cells if (c.method, tuple(c.options.items())) == key and not c.not_applicable]
             densities = list(dict.fromkeys(c.density for c in same))
-            corpus = self.corpus or Corpus("synthetic", (), (), ())
             method = create(cell.method, cell.options)
-            found = artifacts.obtain(self.loaded, method, densities, corpus, cell.seed, self.progress)
+            if self.corpus is None:
+                text = self._own_text(self.windows[:SYNTHETIC_TEXTS])
+                found = (method.synthesize(self.model, density, text) for density in densities)
+            else:
+                found = artifacts.obtain(self.loaded, method, densities, self.corpus, cell.seed, self.progress)
             self._artifacts.update({(*key, d): artifact for d, artifact in zip(densities, found, strict=True)})
         return self._artifacts[*key, cell.density]
 
@@ -121,7 +124,7 @@ class Session:
         if self.corpus is None:
             generator = torch.Generator().manual_seed(cell.seed)
             vocabulary = self.loaded.config.get_text_config().vocab_size
-            return torch.randint(vocabulary, (max(8, cell.batch), window), generator=generator), 1.0
+            return torch.randint(vocabulary, (max(2 * SYNTHETIC_TEXTS, cell.batch), window), generator=generator), 1.0
         tokenizer = self.loaded.tokenizer
         windows = token_windows(self.corpus.evaluation, tokenizer, window, max(8, cell.limit // 4), seed=cell.seed)
         text = tokenizer.batch_decode(windows.tolist(), skip_special_tokens=True)
@@ -206,9 +209,14 @@ class Session:
     def _count_synthetic(self, handle: SparseModel) -> None:
         """Densities on text that the random model generated itself; nothing about it is an accuracy."""
         with handle.sparse():
-            text = fidelity.greedy(self.model, self.windows[:1, :16].to(self.device), SYNTHETIC_STEPS)
+            text = self._own_text(self.windows[-SYNTHETIC_TEXTS:])
         with handle.sparse(), handle.meter.on():
             self.model(input_ids=text, use_cache=False, logits_to_keep=1)
+
+    @torch.inference_mode()
+    def _own_text(self, windows: Tensor) -> Tensor:
+        """What the model writes after the first tokens of these windows; int64 [n, SYNTHETIC_STEPS]."""
+        return fidelity.greedy(self.model, windows[:, :4].to(self.device), SYNTHETIC_STEPS)[:, 4:]
 
 
 def estimate(cell: Cell) -> dict[str, Any]:
@@ -232,7 +240,7 @@ def seconds(cell: Cell, shape: cost.Shape) -> float:
     rate = 60e9 if cell.device == "cpu" else 100e12  # FLOP/s that evaluation reaches on small batches
     tokens = max(8, cell.limit // 4) * WINDOW / 2 + cell.limit * len(cell.tasks) * 150
     if cell.weights == "synthetic":
-        tokens = SYNTHETIC_STEPS
+        tokens = 4 * SYNTHETIC_TEXTS * SYNTHETIC_STEPS
     fixed = 4.0 if cell.device == "cpu" else 20.0  # decode steps; on a GPU also graph capture and compilation
     return fixed + 2 * (shape.dense + shape.head) * tokens / rate
 

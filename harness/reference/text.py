@@ -10,6 +10,7 @@ import random
 import re
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -29,6 +30,7 @@ from harness.corpus import (
 VOCABULARY = 4096
 TOKENIZER_BYTES = 40_000_000  # enough for 4096 merges, and fast
 LARGEST_FILE = 1_000_000  # larger ones are generated tables
+SLICE = 2048  # files handed to the reading processes at once
 SMALLEST_RATIO = 0.1  # so are files that compress better than ten to one
 
 # Line ends take the next line's indentation along; words take one space, or the mark before them (".append").
@@ -138,16 +140,19 @@ def training_documents(corpus: Corpus, limit: int, seed: int = 0) -> tuple[list[
 
     for document in corpus.train:
         add(document)
-    with multiprocessing.get_context("fork").Pool(os.cpu_count(), _start_worker, (held_out,)) as pool:
-        for document in pool.imap(_read, files, chunksize=64):
+    # Slices, each read to its end: leaving a pool while its queues are full can hang it for good.
+    workers = ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("fork"), _start_worker, (held_out,))
+    with workers:
+        for start in range(0, len(files), SLICE):
             if size > 0.995 * limit:
                 break
-            if document is not None:
-                before = len(documents)
-                add(document)
-                if len(documents) > before:
-                    package = packages[document.name.split("/", 1)[0]]
-                    used[package.name] = package
+            for document in workers.map(_read, files[start : start + SLICE], chunksize=32):
+                if document is not None:
+                    before = len(documents)
+                    add(document)
+                    if len(documents) > before:
+                        package = packages[document.name.split("/", 1)[0]]
+                        used[package.name] = package
     return documents, sorted(used.values(), key=lambda package: package.name.lower())
 
 

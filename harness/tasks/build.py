@@ -1,6 +1,6 @@
 """Builds the items of the built-in tasks from Python source that no model here was trained on.
 
-Every context starts at a line boundary and is short enough (`CONTEXT` bytes, about a hundred tokens) that thousands
+Every context starts at a line boundary and is short enough (`CONTEXT` bytes, some seventy tokens) that thousands
 of items run on a laptop, and every item can be solved from its context by a model that knows Python.
 """
 
@@ -23,8 +23,8 @@ from typing import Any
 from harness.corpus import Corpus, Document
 
 ITEMS = 2500
-CONTEXT = 330
-LEAST_CONTEXT = 120
+CONTEXT = 240
+LEAST_CONTEXT = 100
 REST = 24
 
 Item = dict[str, Any]

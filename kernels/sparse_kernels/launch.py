@@ -28,7 +28,7 @@ class Launch:
     programs: int
 
 
-# Keyed by the batch padded to what the matrix units take (see `padded_batch`); chosen on an H200, where about 25 KB
+# Keyed by the batch padded to what the matrix units take (see `padded_batch`); sized for an H200, where about 25 KB
 # must be in flight on each multiprocessor to reach its read bandwidth.
 INPUT_LINEAR = {
     1: Launch(rows=8, columns=512, warps=4, stages=4, programs=4),

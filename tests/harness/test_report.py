@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+
 from harness import report, rows, store, tables
 from methods.errors import UsageError
 

@@ -5,6 +5,9 @@ Run as a program without TRITON_INTERPRET: python hopper.py
 
 import json
 import re
+import subprocess
+import tempfile
+from pathlib import Path
 
 import torch
 import triton
@@ -36,6 +39,16 @@ class Driver:
         return torch.cuda
 
 
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of stack and local memory per thread: what did not fit in registers."""
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return sum(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+
+
 def compile_only(kernel, grid, *args, **options):
     compiled = kernel.warmup(*args, grid=grid, **options)
     ptx = compiled.asm["ptx"]
@@ -47,7 +60,7 @@ def compile_only(kernel, grid, *args, **options):
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx))
         + len(re.findall(r"cp\.async\.\S+ \[.*?\], \[.*?\], 0x10", ptx)),
         "matrix": bool(re.search(r"mma\.sync|wgmma\.mma_async", ptx)),
-        "spills": ".local" in ptx,
+        "stack": stack_bytes(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
     }
     print(json.dumps(record), flush=True)

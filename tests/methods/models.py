@@ -21,6 +21,7 @@ def llama(**changes: object) -> PreTrainedModel:
             "vocab_size": VOCABULARY,
             "max_position_embeddings": 256,
             "tie_word_embeddings": True,
+            "initializer_range": 0.1,  # large enough that skipping work shows in the logits
             **changes,
         }
     )
@@ -37,6 +38,7 @@ def opt() -> PreTrainedModel:
         vocab_size=VOCABULARY,
         max_position_embeddings=256,
         word_embed_proj_dim=64,
+        init_std=0.1,
         dropout=0.0,
     )
     model = OPTForCausalLM(config)

@@ -1,0 +1,96 @@
+"""Counts are exact: against torch's own FLOP counter, against published figures, and null against dense."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from methods import sparsify
+from methods.registry import create, parse
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from harness import cost
+from tests.methods.models import MODELS, data, llama, windows
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_dense_flops_match_torchs_counter(make: object) -> None:
+    model, context = make(), 20  # type: ignore[operator]
+    out = model(input_ids=windows(1, context - 1), use_cache=True)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=windows(1, 1), past_key_values=out.past_key_values)
+    shape = cost.Shape.of(model)
+    full = cost.dense_layers(shape)
+    counted = counter.get_total_flops()
+    attention = 4 * shape.query * context
+    # torch counts attention only where it knows the kernel; the linear layers it must count alike.
+    found = cost.decode_cost(shape, full, full, 0, context, 1)
+    assert found.flops_dense == found.flops
+    assert counted in (found.flops_dense, found.flops_dense - attention)
+
+
+def test_null_costs_exactly_what_dense_costs() -> None:
+    for make in MODELS.values():
+        model = make()
+        shape = cost.Shape.of(model)
+        artifact = create("null", {}).artifact(model, None, {}, {})
+        with sparsify(model, artifact, "all") as handle, handle.meter.on():
+            model(input_ids=windows(3))
+            blocks, density = cost.record(handle, shape, 64, 1)
+        decode, prefill = blocks["decode"], blocks["prefill"]
+        assert decode["flops"] == decode["flops_dense"] and decode["bytes"] == decode["bytes_dense"]
+        assert decode["flops_overhead"] == decode["bytes_overhead"] == 0
+        assert prefill["flops"] == prefill["flops_dense"]
+        assert density is not None and density["model"] == 1.0
+        assert {site["p99"] for site in density["sites"].values()} == {1.0}
+
+
+def test_llama2_7b_in_the_units_of_the_lte_paper() -> None:
+    """LTE, table 1: 12.06 'GFLOPs' a token are 2^30 FLOPs of the block linears; its LTE rows include the router."""
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig())
+    shape = cost.Shape.of(model)
+    assert 2 * shape.dense / 2**30 == pytest.approx(12.0625)
+    routers = 32 * 4096 * (11008 // 32)
+    for active, printed in ((0.311, 6.59), (0.070, 4.65), (0.161, 5.38)):
+        found = {k: active if k[1] in ("gate", "up", "down") else 1.0 for k in shape.linears}
+        spent = cost.decode_cost(shape, found, found, routers, 0, 1)
+        assert (spent.flops - 2 * shape.head) / 2**30 == pytest.approx(printed, abs=0.01)
+    full = cost.dense_layers(shape)
+    # fp32 on the meta device: twice the 13.21 GB that 7B weights in two bytes take per token
+    assert cost.decode_cost(shape, full, full, 0, 0, 1).bytes == pytest.approx(2 * 13.21e9, rel=1e-3)
+
+
+def test_densities_and_percentiles_come_from_the_meter() -> None:
+    model = llama()
+    shape = cost.Shape.of(model)
+    artifact = next(iter(parse("teal:allocation=uniform").prepare(model, data(), [0.5])))
+    with sparsify(model, artifact, "decode") as handle:
+        for index in range(2):
+            for site, linear in (("q", 64), ("down", 128)):
+                counts = torch.tensor([linear // 2] * 99 + [linear], dtype=torch.int32)
+                handle.meter.counts[site, index].append(counts)
+                handle.meter.unions[site, index].append(torch.tensor(linear))
+        tokens, union = cost.densities(handle, shape), cost.densities(handle, shape, unions=True)
+        sites = cost.site_table(handle)
+    assert tokens[0, "q"] == pytest.approx(0.505) and tokens[0, "v"] == 1.0 and union[0, "q"] == 1.0
+    assert sites["down"] == {"mean": 0.505, "p99": 1.0, "layers": [0.505, 0.505]}
+    weights = {"q": 64 * 64, "down": 64 * 128}
+    missing = 2 * 0.495 * sum(weights.values())
+    assert cost.model_density(shape, tokens) == pytest.approx(1 - missing / shape.dense)
+
+
+def test_bytes_share_weights_over_the_batch_but_not_the_cache() -> None:
+    shape = cost.Shape.of(llama())
+    full = cost.dense_layers(shape)
+    one, eight = (cost.decode_cost(shape, full, full, 0, 100, b) for b in (1, 8))
+    assert one.bytes_kv == eight.bytes_kv == 2 * 2 * 2 * 16 * 100 * 4  # layers x (k, v) x heads x head size x tokens x 4 B
+    assert eight.bytes_weights == pytest.approx(one.bytes_weights / 8) and one.flops == eight.flops
+
+
+def test_prefill_grows_with_the_share_of_sparse_positions() -> None:
+    shape = cost.Shape.of(llama())
+    half = dict.fromkeys(shape.linears, 0.5)
+    dense, middle, all_sparse = (cost.prefill_cost(shape, half, 0, 100, share) for share in (0.0, 0.5, 1.0))
+    assert dense.flops == dense.flops_dense
+    assert dense.flops - middle.flops == middle.flops - all_sparse.flops == shape.dense * 50

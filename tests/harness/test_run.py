@@ -1,0 +1,191 @@
+"""The whole way from the command line to a leaderboard, on a small local model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from harness import cli, store
+from harness.plan import add_run_arguments, build_plan
+from harness.run import measure
+
+METHODS = "teal:allocation=uniform,lte:stage1_steps=2:stage2_steps=1:trials=1:batch=2"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A Llama of random weights with its own tokenizer, saved as transformers saves models."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    specials = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["def f(self):\n    return self\n"] * 4, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    fast.save_pretrained(folder)
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(fast), max_position_embeddings=128, initializer_range=0.2, tie_word_embeddings=True,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tmp_path_factory.getbasetemp() / "artifact-cache"  # one for the module: artifacts are made once
+    monkeypatch.setenv("ACTIVATION_SPARSITY_CACHE", str(base))
+
+
+def command(model: str, out: Path, *more: str) -> list[str]:
+    return ["run", "--model", model, "--methods", METHODS, "--limit", "8", "--out", str(out), *more]
+
+
+def by_method(out: Path) -> dict[str, dict[str, Any]]:
+    return {f"{r['cell']['method']} {r['cell']['density']}": r for r in store.load(out)}
+
+
+def test_a_run_ends_in_a_leaderboard(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command(model, tmp_path, "--tasks", "stdlib_identifier")) == 0
+    found = by_method(tmp_path)
+    assert list(found) == ["dense None", "null None", "teal 0.7", "teal 0.5", "lte 0.7", "lte 0.5"]
+    assert {record["status"] for record in found.values()} == {"ok"}
+    dense, null, teal = found["dense None"], found["null None"], found["teal 0.5"]
+    assert null["cost"] == dense["cost"] and null["items"]["nll"] == dense["items"]["nll"]
+    assert null["items"]["stdlib_identifier"] == dense["items"]["stdlib_identifier"]
+    assert abs(teal["density"]["model"] - 0.5) < 0.06 and teal["cost"]["decode"]["bytes"] < dense["cost"]["decode"]["bytes"]
+    assert found["lte 0.5"]["cost"]["decode"]["flops_overhead"] > 0 and found["lte 0.5"]["prepare"]["tokens"] > 0
+    for record in found.values():
+        assert record["latency"]["path"] == "cpu-reference" and len(record["items"]["nll"]) == 8
+        assert record["corpus"]["hash"] and record["machine"]["identity"] and record["source"]
+    page = (tmp_path / "LEADERBOARD.md").read_text()
+    assert "teal" in page and "not ranked" in page and (tmp_path / "pareto.png").stat().st_size > 1000
+    assert "lte" in capsys.readouterr().out
+    assert cli.main(["report", "--check", "--out", str(tmp_path)]) == 0
+    (tmp_path / "LEADERBOARD.md").write_text(page.replace("teal", "real"))
+    assert cli.main(["report", "--check", "--out", str(tmp_path)]) == 1
+
+
+def test_a_killed_run_loses_nothing_and_repeats_nothing(model: str, tmp_path: Path) -> None:
+    arguments = [sys.executable, "-m", "harness", *command(model, tmp_path, "--tasks", "none")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "records.jsonl").exists() or len(store.load(tmp_path)) < 2:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    with (tmp_path / "records.jsonl").open("a") as file:
+        file.write('{"key": "torn')  # what a kill in the middle of a write leaves
+    before = [r["key"] for r in store.load(tmp_path)]
+    subprocess.run(arguments, env=environment, check=True, capture_output=True)
+    keys = [r["key"] for r in store.load(tmp_path)]
+    assert keys[: len(before)] == before and len(keys) == len(set(keys)) == 6
+    again = subprocess.run(arguments, env=environment, check=True, capture_output=True, text=True)
+    assert "6 of 6 cells are done already" in again.stderr and [r["key"] for r in store.load(tmp_path)] == keys
+
+
+def test_a_resumed_cell_equals_an_uninterrupted_one(model: str, tmp_path: Path) -> None:
+    """KL and agreement need the dense model's outputs, which a resumed run has to make again."""
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    cells = build_plan(parser.parse_args(command(model, tmp_path, "--tasks", "none")[1:]))
+    whole = {r["cell"]["method"]: r for r in measure(cells, "source", "here")}
+    alone = next(iter(measure([c for c in cells if c.method == "teal"][-1:], "source", "here")))
+    for block in ("fidelity", "cost", "density", "items"):
+        assert alone[block] == whole["teal"][block]
+
+
+def test_modes_batches_and_contexts_multiply_into_cells(model: str, tmp_path: Path) -> None:
+    arguments = command(model, tmp_path, "--tasks", "none", "--mode", "decode,all", "--batch", "1,2", "--context", "16,32")
+    arguments[4] = "teal:allocation=uniform"
+    assert cli.main([*arguments, "--density", "0.5"]) == 0
+    records = store.load(tmp_path)
+    cells = {(r["cell"]["mode"], r["cell"]["batch"], r["cell"]["context"]) for r in records}
+    assert len(cells) == 8 and len(records) == 8 * 3
+    teal = [r for r in records if r["cell"]["method"] == "teal"]
+    for record in teal:
+        density = record["density"]
+        assert (density["union"] is not None) == (record["cell"]["batch"] == 2)
+        if density["union"] is not None:
+            assert density["union"] >= density["model"] - 0.1
+    prefill = {r["cell"]["mode"]: r["cost"]["prefill"] for r in teal if r["cell"]["context"] == 32}
+    assert prefill["decode"]["flops"] == prefill["decode"]["flops_dense"] > prefill["all"]["flops"]
+
+
+def test_a_failing_method_leaves_the_others_alone(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from methods.teal import Teal
+
+    def broken(self: Teal, attachment: Any) -> None:
+        raise RuntimeError("a kernel that does not compile")
+
+    monkeypatch.setattr(Teal, "attach", broken)
+    arguments = command(model, tmp_path, "--tasks", "none", "--density", "0.5")
+    assert cli.main(arguments) == 1
+    found = by_method(tmp_path)
+    assert found["teal 0.5"]["status"] == "failed" and "does not compile" in found["teal 0.5"]["error"]
+    assert found["lte 0.5"]["status"] == "ok"
+    assert "does not compile" in (tmp_path / "LEADERBOARD.md").read_text()
+    monkeypatch.undo()
+    assert cli.main(arguments) == 0  # only the failed cell is tried again
+    assert [r["status"] for r in store.load(tmp_path)].count("ok") == 4
+
+
+def test_all_methods_on_a_width_that_experts_do_not_divide(tmp_path: Path, model: str) -> None:
+    import shutil
+
+    odd = tmp_path / "odd"
+    shutil.copytree(model, odd)
+    config = json.loads((odd / "config.json").read_text()) | {"intermediate_size": 44}
+    LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k != "architectures"})).save_pretrained(odd)
+    out = tmp_path / "out"
+    arguments = ["run", "--model", str(odd), "--methods", "all", "--tasks", "none", "--limit", "8", "--out", str(out)]
+    assert cli.main([*arguments, "--density", "0.5"]) == 0
+    found = by_method(out)
+    assert found["lte 0.5"]["status"] == "not-applicable" and "44" in found["lte 0.5"]["error"]
+    assert found["teal 0.5"]["status"] == "ok"
+
+
+def test_prepare_saves_an_artifact_that_others_load(model: str, tmp_path: Path) -> None:
+    from methods import load_artifact
+
+    arguments = ["prepare", "--model", model, "--methods", "teal:allocation=uniform", "--density", "0.5"]
+    assert cli.main([*arguments, "--save", str(tmp_path)]) == 0
+    (folder,) = tmp_path.glob("*/teal-0.5")
+    artifact = load_artifact(str(folder))
+    assert artifact.method == "teal" and artifact.density == 0.5 and artifact.manifest["corpus"]["name"] == "stdlib"
+
+
+def test_synthetic_weights_never_have_an_accuracy(model: str, tmp_path: Path) -> None:
+    arguments = ["run", "--model", model, "--methods", "teal,lte", "--weights", "synthetic", "--density", "0.5"]
+    assert cli.main([*arguments, "--out", str(tmp_path)]) == 0
+    for record in store.load(tmp_path):
+        assert record["fidelity"] is None and record["accuracy"] == {} and record["items"] == {}
+        assert record["cell"]["weights"] == "synthetic" and record["latency"]["median"] > 0
+    page = (tmp_path / "LEADERBOARD.md").read_text()
+    assert "erplexity" not in page.split("## How to read this")[1].split("## ", 1)[1]
+    found = by_method(tmp_path)
+    assert found["lte 0.5"]["density"]["sites"]["ffn"]["mean"] == pytest.approx(0.5, abs=0.1)
+    assert found["teal 0.5"]["density"]["model"] == pytest.approx(0.5, abs=0.1)
+
+
+def test_an_unwritable_folder_is_found_before_any_work(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = tmp_path / "file"
+    place.write_text("")
+    assert cli.main(command(model, place / "out")) == 2
+    assert "choose another --out" in capsys.readouterr().err
