@@ -75,8 +75,10 @@ class Corpus:
 
 
 def load_corpus(spec: str = "stdlib") -> Corpus:
-    """Load `stdlib`, `python` (the same with more to train on: the permissively licensed packages installed here, as in
-    the recipe of the reference models), `wikitext2`, `c4`, or local paths (comma-separated `.txt`, `.jsonl` files or folders).
+    """Load `stdlib`, `python`, `wikitext2`, `c4`, or local paths (comma-separated `.txt`, `.jsonl` files or folders).
+
+    `python` is `stdlib` with more to train on: the permissively licensed packages installed here, as in the recipe of
+    the reference models.
 
     Raises `UsageError` for an unknown name, a missing or unreadable file, text too short to split, or an
     unreachable hub.

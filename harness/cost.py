@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from methods.families import blocks
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from methods import SparseModel
-    from torch import nn
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Shape:
     itemsize: int  # bytes per weight and per cache element
 
     @classmethod
-    def of(cls, model: nn.Module) -> Shape:
+    def of(cls, model: PreTrainedModel) -> Shape:
         linears: dict[tuple[int, str], int] = {}
         query = kv = 0
         for block in blocks(model):

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from transformers import PreTrainedModel
+
     from methods import SparseModel
-    from torch import nn
 
 GENERATED = 64  # tokens of dense text per prompt, for greedy agreement
 KERNEL_CHECK_TOKENS = 16
@@ -52,7 +53,7 @@ def active_positions(handle: SparseModel, windows: Tensor, scored: int) -> bool 
 
 @torch.inference_mode()
 def measure(
-    model: nn.Module,
+    model: PreTrainedModel,
     handle: SparseModel,
     windows: Tensor,
     dense: DenseReference,
@@ -107,7 +108,7 @@ def measure(
 
 
 @torch.inference_mode()
-def greedy(model: nn.Module, prompts: Tensor, new: int) -> Tensor:
+def greedy(model: PreTrainedModel, prompts: Tensor, new: int) -> Tensor:
     """Greedy continuation with a KV cache; prompts: int64 [n, length]; returns [n, length + new]."""
     from transformers import DynamicCache
 
@@ -118,14 +119,14 @@ def greedy(model: nn.Module, prompts: Tensor, new: int) -> Tensor:
     return torch.cat(tokens, dim=1)
 
 
-def agreement(model: nn.Module, handle: SparseModel, text: Tensor) -> list[float]:
+def agreement(model: PreTrainedModel, handle: SparseModel, text: Tensor) -> list[float]:
     """Per text: the share of its last GENERATED tokens that the sparse model picks too, given the same prefix."""
     with handle.positions(active_positions(handle, text, GENERATED)):
         logits = model(input_ids=text[:, :-1], use_cache=False, logits_to_keep=GENERATED).logits
     return (logits.argmax(-1) == text[:, -GENERATED:]).float().mean(1).tolist()
 
 
-def kernel_check(model: nn.Module, handle: SparseModel, window: Tensor, scored: int) -> float:
+def kernel_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, scored: int) -> float:
     """Largest difference between the batched masked pass and a token-by-token decode of the same text.
 
     The decode runs the path that is timed (the kernels on a GPU), the batched pass the reference path; the result is

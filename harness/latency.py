@@ -15,14 +15,16 @@ from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
-from methods.families import layout_of
 from torch import Tensor
+
+from methods.families import layout_of
 
 from . import stats
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from methods import SparseModel
-    from torch import nn
 
 MAX_ROUNDS = 8
 MIN_ROUNDS = 3
@@ -44,7 +46,7 @@ class Runner:
 class Decoder:
     """A greedy decode step over a static cache, with every tensor at a fixed address."""
 
-    def __init__(self, model: nn.Module, prompt: Tensor, steps: int) -> None:
+    def __init__(self, model: PreTrainedModel, prompt: Tensor, steps: int) -> None:
         from transformers import StaticCache
 
         self.model, self.prompt = model, prompt
@@ -56,7 +58,12 @@ class Decoder:
             self.extra["attention_mask"] = torch.ones(batch, context + steps, device=prompt.device)
         positions = torch.arange(context, device=prompt.device)[None]
         logits = model(
-            input_ids=prompt, position_ids=positions, past_key_values=self.cache, use_cache=True, logits_to_keep=1, **self.extra
+            input_ids=prompt,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **self.extra,
         ).logits
         self.first = logits[:, -1:].argmax(-1)
         self.token = self.first.clone()
@@ -66,7 +73,8 @@ class Decoder:
         """Back to the end of the prompt; later cache entries are masked by position and overwritten."""
         self.token.copy_(self.first)
         self.position.fill_(self.prompt.shape[1])
-        for layer in self.cache.layers:
+        layers: Any = self.cache.layers
+        for layer in layers:
             layer.cumulative_length.fill_(self.prompt.shape[1])
 
     def step(self, forward: Callable[..., Any]) -> None:
@@ -81,7 +89,7 @@ class Bench:
     """Times methods against one model's dense runners, which are built once and run in every comparison."""
 
     @torch.inference_mode()
-    def __init__(self, model: nn.Module, prompt: Tensor, bandwidth: float | None) -> None:
+    def __init__(self, model: PreTrainedModel, prompt: Tensor, bandwidth: float | None) -> None:
         """model: with nothing attached, because the dense graphs keep the addresses of the weights they see here;
         prompt: int64 [batch, context] on the model's device; bandwidth: measured bytes per second, GPU only."""
         self.model, self.prompt, self.bandwidth = model, prompt, bandwidth
@@ -196,7 +204,7 @@ class Bench:
             torch._dynamo.reset()  # the modules behind `forward` differ from one method to the next
             # Coordinate descent makes Inductor generate matrix-vector products instead of calling cuBLAS: at batch 1
             # that is the strongest dense baseline known.
-            options = {"coordinate_descent_tuning": True}
+            options: dict[str, Any] = {"coordinate_descent_tuning": True}
             forward = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

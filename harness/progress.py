@@ -41,7 +41,7 @@ class Display:
             self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if self.live:
             self.progress.stop()
 
@@ -61,7 +61,8 @@ class Display:
         start = monotonic()
         weight = self.weights[self.number]
         self.number += 1
-        self.progress.update(self.overall, description=f"[{self.number}/{len(self.weights)}] {label}", left=self._left())
+        place = f"[{self.number}/{len(self.weights)}]"
+        self.progress.update(self.overall, description=f"{place} {label}", left=self._left())
         try:
             yield
         finally:
@@ -70,7 +71,7 @@ class Display:
             self.progress.update(self.overall, completed=self.number, left=self._left())
             self.progress.update(self.stage, visible=False)
             self._reported = monotonic()
-            self.say(f"[{self.number}/{len(self.weights)}] {label}: {monotonic() - start:.0f} s{self._left(', ')}")
+            self.say(f"{place} {label}: {monotonic() - start:.0f} s{self._left(', ')}")
 
     def _left(self, before: str = "") -> str:
         """The time left, from the time per unit of weight so far."""

@@ -39,7 +39,8 @@ def main(args: argparse.Namespace) -> int:
     for note in plan.notes(cells):
         print(f"note: {note}", file=sys.stderr)
     if len(pending) < len(cells):
-        print(f"{len(cells) - len(pending)} of {len(cells)} cells are done already (--force repeats them)", file=sys.stderr)
+        done_already = f"{len(cells) - len(pending)} of {len(cells)} cells are done already"
+        print(f"{done_already} (--force repeats them)", file=sys.stderr)
     failed = 0
     for record in measure(pending, source, here):
         store.append(args.out, record)
@@ -90,7 +91,8 @@ def measure(cells: list[Cell], source: str, here: str) -> Iterator[dict[str, Any
                 start = perf_counter()
                 with display.cell(cell.label):
                     result, session = _measure_cell(cell, together, session, display)
-                record |= {"seconds": round(perf_counter() - start, 2), "machine": machine.describe(cell.device), **result}
+                record["seconds"] = round(perf_counter() - start, 2)
+                record |= {"machine": machine.describe(cell.device), **result}
                 yield record
             if session is not None:
                 session.close()
@@ -117,5 +119,3 @@ def _measure_cell(
         text = "".join(traceback.format_exception(error)[-3:])
         display.say(f"  {cell.label} failed: {type(error).__name__}: {error}")
         return {"status": "failed", "error": f"{type(error).__name__}: {error}", "traceback": text}, session
-
-

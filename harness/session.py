@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from methods import Artifact, SparseModel, UsageError, sparsify
+from torch import Tensor
+
+from methods import Artifact, SparseModel, sparsify
 from methods.artifact import fingerprint
 from methods.base import Progress
 from methods.registry import create
-from torch import Tensor
 
-from . import artifacts, cost, fidelity, latency, machine, models
+from . import artifacts, cost, fidelity, latency, models
 from .corpus import Corpus, load_corpus, token_windows
 from .plan import Cell
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    pass
 
 WINDOW = 1024  # tokens per perplexity window, or what the model can hold
 EVALUATION_BATCH = 8  # fixed, because in low precision results depend on it; it is in every record
@@ -27,7 +28,7 @@ SYNTHETIC_TEXTS, SYNTHETIC_STEPS = 8, 48  # a random model's own texts, and toke
 
 @dataclass
 class Quality:
-    """What a method's fidelity and tasks were, and what the meter saw: shared by cells that differ in batch or context."""
+    """A method's fidelity and tasks, and what the meter saw: shared by cells that differ in batch or context."""
 
     fidelity: dict[str, Any] | None
     items: dict[str, list[float]]
@@ -79,7 +80,7 @@ class Session:
             method = create(cell.method, cell.options)
             if self.corpus is None:
                 text = self._own_text(self.windows[:SYNTHETIC_TEXTS])
-                found = (method.synthesize(self.model, density, text) for density in densities)
+                found: Iterable[Artifact] = (method.synthesize(self.model, density, text) for density in densities)
             else:
                 found = artifacts.obtain(self.loaded, method, densities, self.corpus, cell.seed, self.progress)
             self._artifacts.update({(*key, d): artifact for d, artifact in zip(densities, found, strict=True)})
@@ -221,8 +222,9 @@ class Session:
 
 def estimate(cell: Cell) -> dict[str, Any]:
     """Columns for `--dry-run`: cost per decoded token at the target density, from the architecture alone."""
-    from methods.registry import info
     from transformers import AutoModelForCausalLM
+
+    from methods.registry import info
 
     configuration = models.config(models.resolve(cell.model))
     with torch.device("meta"):
@@ -243,5 +245,3 @@ def seconds(cell: Cell, shape: cost.Shape) -> float:
         tokens = 4 * SYNTHETIC_TEXTS * SYNTHETIC_STEPS
     fixed = 4.0 if cell.device == "cpu" else 20.0  # decode steps; on a GPU also graph capture and compilation
     return fixed + 2 * (shape.dense + shape.head) * tokens / rate
-
-

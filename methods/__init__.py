@@ -1,9 +1,9 @@
 """Methods of activation sparsity behind one interface.
 
-    from methods import load_artifact, sparsify, sparsify_
+from methods import load_artifact, sparsify, sparsify_
 
-    with sparsify(model, load_artifact(folder)):
-        model.generate(...)
+with sparsify(model, load_artifact(folder)):
+    model.generate(...)
 """
 
 from .artifact import Artifact

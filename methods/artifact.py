@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from .errors import UsageError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 CONFIG_FILE = "sparsity_config.json"
 TENSOR_FILE = "sparsity.safetensors"
@@ -121,7 +122,7 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def fingerprint(model: nn.Module) -> str:
+def fingerprint(model: PreTrainedModel) -> str:
     """Identifies weights whatever dtype they were loaded in: hashes every parameter's name, shape and 16 of its values.
 
     Values are rounded to bfloat16, the coarsest dtype in use, so bf16 and fp32 copies of one checkpoint agree.

@@ -12,8 +12,10 @@ from .errors import UsageError, unknown
 
 if TYPE_CHECKING:
     import torch
-    from sparse_kernels.layers import Meter, Phase
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+    from sparse_kernels.layers import Meter, Phase
 
 
 class Progress(Protocol):
@@ -28,7 +30,7 @@ def silent(text: str, done: float, total: float) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """Text for `prepare`, already tokenised. `calibration`: int64 [n, window]; `train(n)`: up to n such windows, seeded.
+    """Text for `prepare`, tokenised. `calibration`: int64 [n, window]; `train(n)`: up to n such windows, seeded.
 
     `corpus` names the text and its hash for the manifest; `workspace` is a folder for checkpoints of long training.
     """
@@ -79,13 +81,13 @@ class Method:
         return None
 
     def prepare(
-        self, model: nn.Module, data: Data, densities: Sequence[float | None], progress: Progress = silent
+        self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:
         """Calibrates or trains; yields one artifact per target density, in order. Leaves the model as it was."""
         for density in densities:
             yield self.artifact(model, density, {}, {"corpus": data.corpus})
 
-    def synthesize(self, model: nn.Module, density: float | None, tokens: Tensor) -> Artifact:
+    def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
         """For random weights: an artifact with the method's shapes and the asked density, from these tokens alone.
 
         It carries FLOPs and latency, never an accuracy.
@@ -96,7 +98,7 @@ class Method:
         """Puts the method's layers in place through `attachment.replace` and `attachment.set_parameter`."""
 
     def artifact(
-        self, model: nn.Module, density: float | None, tensors: dict[str, Tensor], manifest: dict[str, Any]
+        self, model: PreTrainedModel, density: float | None, tensors: dict[str, Tensor], manifest: dict[str, Any]
     ) -> Artifact:
         return Artifact(self.name, asdict(self.options), density, fingerprint(model), manifest, tensors)
 
@@ -104,7 +106,7 @@ class Method:
 class Attachment:
     """Replaces modules and parameters of a model, and puts the very same objects back."""
 
-    def __init__(self, model: nn.Module, artifact: Artifact, phase: Phase, meter: Meter) -> None:
+    def __init__(self, model: PreTrainedModel, artifact: Artifact, phase: Phase, meter: Meter) -> None:
         self.model, self.artifact, self.phase, self.meter = model, artifact, phase, meter
         self._undo: list[Callable[[], None]] = []
 
@@ -133,7 +135,7 @@ class Attachment:
 class SparseModel:
     """A model with a method attached: which positions are sparse, what was active, and how to take it off again."""
 
-    def __init__(self, model: nn.Module, artifact: Artifact, method: Method, mode: str = "decode") -> None:
+    def __init__(self, model: PreTrainedModel, artifact: Artifact, method: Method, mode: str = "decode") -> None:
         from sparse_kernels.layers import Meter, Phase, SparseLayer
 
         self.model, self.artifact, self.method, self.mode = model, artifact, method, mode
@@ -210,7 +212,7 @@ def parse_mode(mode: str) -> float:
 
 
 @contextmanager
-def sparsify(model: nn.Module, artifact: Artifact, mode: str = "decode") -> Iterator[SparseModel]:
+def sparsify(model: PreTrainedModel, artifact: Artifact, mode: str = "decode") -> Iterator[SparseModel]:
     """Attaches a prepared method to a model for the length of a `with` block; afterwards the model is bit-exact.
 
         with sparsify(model, artifact): model.generate(...)
@@ -224,7 +226,7 @@ def sparsify(model: nn.Module, artifact: Artifact, mode: str = "decode") -> Iter
         handle.remove()
 
 
-def sparsify_(model: nn.Module, artifact: Artifact, mode: str = "decode") -> nn.Module:
+def sparsify_(model: PreTrainedModel, artifact: Artifact, mode: str = "decode") -> nn.Module:
     """Attaches in place and returns the model; `model.sparse_model.remove()` takes it off again."""
     model.sparse_model = _attach(model, artifact, mode)  # type: ignore[assignment]
     return model
@@ -235,7 +237,7 @@ def load_artifact(source: str) -> Artifact:
     return Artifact.from_pretrained(source)
 
 
-def _attach(model: nn.Module, artifact: Artifact, mode: str) -> SparseModel:
+def _attach(model: PreTrainedModel, artifact: Artifact, mode: str) -> SparseModel:
     from .registry import create
 
     if getattr(model, "sparse_model", None) is not None:

@@ -10,6 +10,7 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ ACTIVATION_NAMES = {
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder block: its place in the model, its module and its linear layers by name (q, k, v, o, gate, up, down)."""
+    """One decoder block: its place in the model, its module and its linear layers by name (q, k, v, o, gate, ...)."""
 
     index: int
     path: str
@@ -109,9 +110,9 @@ def activation_of(config: Any) -> str:
     return ACTIVATION_NAMES[name]
 
 
-def blocks(model: nn.Module) -> Iterator[Block]:
+def blocks(model: PreTrainedModel) -> Iterator[Block]:
     """The decoder blocks of a transformers causal language model, first to last."""
     layout = layout_of(model.config)
-    for index, module in enumerate(model.get_submodule(layout.layers)):
-        linears = {name: module.get_submodule(path) for name, path in layout.linears.items()}
+    for index, module in enumerate(model.get_submodule(layout.layers).children()):
+        linears: Any = {name: module.get_submodule(path) for name, path in layout.linears.items()}
         yield Block(index, f"{layout.layers}.{index}", module, linears, layout)

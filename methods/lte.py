@@ -22,6 +22,7 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from .families import Block
 
@@ -88,7 +89,7 @@ class Lte(Method):
         return None
 
     def prepare(
-        self, model: nn.Module, data: Data, densities: Sequence[float | None], progress: Progress = silent
+        self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:
         trainer = _Trainer(self.options, model, data, progress)
         for density in densities:
@@ -97,7 +98,7 @@ class Lte(Method):
             tensors, manifest = trainer.reach(density)
             yield self.artifact(model, density, tensors, manifest)
 
-    def synthesize(self, model: nn.Module, density: float | None, tokens: Tensor) -> Artifact:
+    def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
         """Random routers; the threshold of each is the quantile of its scores that gives the density."""
         import torch
 
@@ -130,6 +131,7 @@ class Lte(Method):
 
     def attach(self, attachment: Attachment) -> None:
         import torch
+
         from sparse_kernels.layers import ExpertFFN
 
         from .families import activation_of, blocks
@@ -169,7 +171,7 @@ def _place(block: Block, layer: nn.Module, replace: Any) -> None:
         replace(f"{block.path}.{name}", nn.Identity())
 
 
-def _neuron_order(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
+def _neuron_order(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
     """For every parameter that has a neuron axis: the permutation and that axis."""
     from .families import blocks
 
@@ -208,13 +210,14 @@ def _dequantise(tensors: dict[str, Tensor], name: str) -> Tensor:
 class _Trainer:
     """Stage 1 for as many eta as the search asks for (each trained once), stage 2 for the chosen one."""
 
-    def __init__(self, options: LteOptions, model: nn.Module, data: Data, progress: Progress) -> None:
+    def __init__(self, options: LteOptions, model: PreTrainedModel, data: Data, progress: Progress) -> None:
         from .families import blocks
         from .shared.clustering import balanced_kmeans, expert_permutation
 
         self.options, self.model, self.data, self.progress = options, model, data, progress
         self.windows = data.train(options.batch * max(options.stage1_steps, options.stage2_steps))
-        self.lr = options.lr or 1.5e-5 * 4096 / model.config.hidden_size
+        hidden: Any = model.config.hidden_size
+        self.lr = options.lr or 1.5e-5 * 4096 / hidden
         self.trained: dict[float, dict[str, Tensor]] = {}
         self.density: dict[float, float] = {}
         self.tokens, self.seconds = 0, 0.0
@@ -232,7 +235,8 @@ class _Trainer:
         if eta not in self.density:
             self._stage1(eta)
         student = self._student(self.trained[eta])
-        losses = student.train_hard(self.options.stage2_steps, f"lte stage 2 at density {density:.2f}", self._file(eta, 2))
+        label = f"lte stage 2 at density {density:.2f}"
+        losses = student.train_hard(self.options.stage2_steps, label, self._file(eta, 2))
         self.tokens += self.options.stage2_steps * self.options.batch * self.windows.shape[1]
         self.seconds += perf_counter() - start
         manifest = {
@@ -285,7 +289,8 @@ class _Trainer:
         self.seconds += perf_counter() - start
 
     def _student(self, state: dict[str, Tensor] | None) -> _Student:
-        return _Student(self.options, self.model, self.permutations, state, self.lr, self.windows, self.data.seed, self.progress)
+        data = self.windows, self.data.seed
+        return _Student(self.options, self.model, self.permutations, state, self.lr, *data, self.progress)
 
     def _file(self, eta: float, stage: int) -> Path | None:
         if self.data.workspace is None:
@@ -301,7 +306,7 @@ class _Student:
     def __init__(
         self,
         options: LteOptions,
-        model: nn.Module,
+        model: PreTrainedModel,
         permutations: dict[str, Tensor],
         state: dict[str, Tensor] | None,
         lr: float,
@@ -312,6 +317,7 @@ class _Student:
         import copy
 
         import torch
+
         from sparse_kernels.layers import Meter, Phase
 
         from .families import activation_of, blocks
@@ -423,7 +429,7 @@ class _Student:
         counts = [torch.cat(found).float().mean() for found in self.meter.counts.values()]
         return float(torch.stack(counts).mean()) / self.layers[0].units
 
-    def tensors(self, base: nn.Module, permutations: dict[str, Tensor]) -> dict[str, Tensor]:
+    def tensors(self, base: PreTrainedModel, permutations: dict[str, Tensor]) -> dict[str, Tensor]:
         """The artifact: permutations, routers, and every trained parameter as a difference to the dense one."""
         import torch
 

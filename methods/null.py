@@ -19,6 +19,7 @@ class Null(Method):
 
     def attach(self, attachment: Attachment) -> None:
         import torch
+
         from sparse_kernels.layers import SparseLinear
 
         from .families import blocks

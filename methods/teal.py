@@ -18,6 +18,7 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from .shared.calibration import MagnitudeHistogram
 
@@ -66,7 +67,7 @@ class Teal(Method):
         return None
 
     def prepare(
-        self, model: nn.Module, data: Data, densities: Sequence[float | None], progress: Progress = silent
+        self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:
         from .shared.calibration import input_histograms
 
@@ -87,7 +88,7 @@ class Teal(Method):
             }
             yield self.artifact(model, density, tensors, manifest)
 
-    def synthesize(self, model: nn.Module, density: float | None, tokens: Tensor) -> Artifact:
+    def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
         from .shared.calibration import input_histograms
 
         histograms = input_histograms(model, tokens)
@@ -107,7 +108,7 @@ class Teal(Method):
 
     def _allocate(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         histograms: dict[tuple[int, str], MagnitudeHistogram],
         windows: Tensor,
         target: float,
@@ -162,6 +163,7 @@ class _BlockError:
 
     def __init__(self, block: Any, hidden: Tensor, kwargs: dict[str, Any], curves: dict[str, Tensor]) -> None:
         import torch
+
         from sparse_kernels.layers import Meter, Phase, SparseLinear
 
         self.block, self.hidden, self.kwargs, self.curves = block, hidden, kwargs, curves

@@ -67,7 +67,7 @@ class Prepared:
 
 def permissive_license(distribution: metadata.Distribution) -> str | None:
     """The licence that the package's metadata states, or None unless it is permissive and nothing contradicts it."""
-    fields = distribution.metadata
+    fields: Any = distribution.metadata
     stated = [fields.get("License-Expression") or ""]
     stated += [c.split("::")[-1].strip() for c in fields.get_all("Classifier") or [] if c.startswith("License")]
     free_text = (fields.get("License") or "").strip()
@@ -146,12 +146,12 @@ def training_documents(corpus: Corpus, limit: int, seed: int = 0) -> tuple[list[
         for start in range(0, len(files), SLICE):
             if size > 0.995 * limit:
                 break
-            for document in workers.map(_read, files[start : start + SLICE], chunksize=32):
-                if document is not None:
+            for found in workers.map(_read, files[start : start + SLICE], chunksize=32):
+                if found is not None:
                     before = len(documents)
-                    add(document)
+                    add(found)
                     if len(documents) > before:
-                        package = packages[document.name.split("/", 1)[0]]
+                        package = packages[found.name.split("/", 1)[0]]
                         used[package.name] = package
     return documents, sorted(used.values(), key=lambda package: package.name.lower())
 

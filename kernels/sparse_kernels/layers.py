@@ -9,7 +9,7 @@ shared kernels and reads only what is active; it serves decode steps (few rows, 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from . import compact, expert_hidden, input_linear
 
-FAST_ROWS = 16  # the fast path streams weights for at most this many rows; beyond that a dense GEMM is the better kernel
+FAST_ROWS = 16  # the fast path streams weights for at most this many rows; beyond that a dense GEMM is better
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -124,13 +124,14 @@ class SparseLinear(SparseLayer):
     Source: TEAL (arXiv 2408.14690), section 4. x: [..., K]; threshold: float32 [1]; returns [..., N].
     """
 
-    def __init__(
-        self, linear: nn.Linear, threshold: Tensor, site: str, layer: int, phase: Phase, meter: Meter
-    ) -> None:
+    threshold: Tensor
+    weight_t: Tensor
+
+    def __init__(self, linear: nn.Linear, threshold: Tensor, site: str, layer: int, phase: Phase, meter: Meter) -> None:
         super().__init__(site, layer, phase, meter)
         self.linear = linear
         self.register_buffer("threshold", threshold.detach().float().reshape(1).to(linear.weight.device))
-        self.weight_t: Tensor | None = None
+        self.weight_t = torch.empty(0)
 
     @property
     def units(self) -> int:
@@ -140,7 +141,7 @@ class SparseLinear(SparseLayer):
         return {self.site: self.linear}
 
     def materialize(self) -> None:
-        if self.weight_t is None:
+        if not self.weight_t.numel():
             self.weight_t = self.linear.weight.detach().t().contiguous()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -164,6 +165,9 @@ class ExpertFFN(SparseLayer):
     x: [..., d]; gate is None for an ungated FFN; `down.bias` is added once, whatever is active.
     """
 
+    threshold: Tensor
+    down_t: Tensor
+
     def __init__(
         self,
         gate: nn.Linear | None,
@@ -182,7 +186,7 @@ class ExpertFFN(SparseLayer):
         self.gate, self.up, self.down, self.activation = gate, up, down, activation
         self.router = nn.Parameter(router.to(up.weight), requires_grad=False)
         self.register_buffer("threshold", threshold.detach().float().reshape(1).to(up.weight.device))
-        self.down_t: Tensor | None = None
+        self.down_t = torch.empty(0)
 
     @property
     def units(self) -> int:
@@ -197,7 +201,7 @@ class ExpertFFN(SparseLayer):
         return self.router.numel()
 
     def materialize(self) -> None:
-        if self.down_t is None:
+        if not self.down_t.numel():
             self.down_t = self.down.weight.detach().t().contiguous()
 
     def hidden(self, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..base import Progress, silent
 from ..families import Block, blocks
@@ -53,7 +54,7 @@ def _hooks(handles: list[Any]) -> Iterator[None]:
 
 @torch.inference_mode()
 def input_histograms(
-    model: nn.Module, windows: Tensor, progress: Progress = silent, batch: int = 4
+    model: PreTrainedModel, windows: Tensor, progress: Progress = silent, batch: int = 4
 ) -> dict[tuple[int, str], MagnitudeHistogram]:
     """|x| histograms of every linear layer's input, by (block, linear name), from dense activations.
 
@@ -80,7 +81,7 @@ def input_histograms(
 
 
 @torch.inference_mode()
-def block_calls(model: nn.Module, windows: Tensor) -> Iterator[tuple[Block, Tensor, dict[str, Any]]]:
+def block_calls(model: PreTrainedModel, windows: Tensor) -> Iterator[tuple[Block, Tensor, dict[str, Any]]]:
     """For each decoder block: the block, its dense input [n, window, d] and the other arguments of its call.
 
     One dense pass learns each block's keyword arguments (masks, rotary embeddings) and the first block's input;

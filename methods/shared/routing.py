@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from sparse_kernels.layers import ExpertFFN
 from torch import Tensor
 from torch.nn import functional as F
+
+from sparse_kernels.layers import ExpertFFN
 
 
 class SoftExpertFFN(ExpertFFN):

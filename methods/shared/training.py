@@ -94,9 +94,7 @@ class _State:
                     }
         return losses
 
-    def save(
-        self, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, history: list[Tensor]
-    ) -> None:
+    def save(self, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, history: list[Tensor]) -> None:
         if self.path is None:
             return
         from safetensors.torch import save_file

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from methods import sparsify
-from methods.registry import create, parse
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from harness import cost
+from methods import sparsify
+from methods.registry import create, parse
 from tests.methods.models import MODELS, data, llama, windows
 
 
@@ -84,7 +84,9 @@ def test_bytes_share_weights_over_the_batch_but_not_the_cache() -> None:
     shape = cost.Shape.of(llama())
     full = cost.dense_layers(shape)
     one, eight = (cost.decode_cost(shape, full, full, 0, 100, b) for b in (1, 8))
-    assert one.bytes_kv == eight.bytes_kv == 2 * 2 * 2 * 16 * 100 * 4  # layers x (k, v) x heads x head size x tokens x 4 B
+    assert (
+        one.bytes_kv == eight.bytes_kv == 2 * 2 * 2 * 16 * 100 * 4
+    )  # layers x (k, v) x heads x head size x tokens x 4 B
     assert eight.bytes_weights == pytest.approx(one.bytes_weights / 8) and one.flops == eight.flops
 
 

@@ -4,14 +4,16 @@ import math
 
 import pytest
 import torch
-from methods import sparsify
-from methods.registry import create, parse
 
 from harness import fidelity
+from methods import sparsify
+from methods.registry import create, parse
 from tests.methods.models import data, llama, opt, windows
 
 
-def measure(model: torch.nn.Module, spec: str, dense: fidelity.DenseReference, mode: str = "decode", density: float = 0.4):  # type: ignore[no-untyped-def]
+def measure(
+    model: torch.nn.Module, spec: str, dense: fidelity.DenseReference, mode: str = "decode", density: float = 0.4
+):  # type: ignore[no-untyped-def]
     method = parse(spec)
     artifact = next(iter(method.prepare(model, data(), [None if method.densities == (None,) else density])))
     with sparsify(model, artifact, mode) as handle:

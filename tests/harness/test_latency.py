@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from methods import sparsify
-from methods.registry import parse
 
 from harness import latency
+from methods import sparsify
+from methods.registry import parse
 from tests.methods.models import data, llama, opt, windows
 
 

@@ -13,7 +13,6 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.registry import get_model
 from lm_eval.models.huggingface import HFLM
-from sparse_kernels.layers import SparseLinear
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from transformers import (
@@ -34,6 +33,7 @@ from methods.base import Attachment, Method, SparseModel
 from methods.errors import UsageError
 from methods.families import blocks
 from methods.registry import create
+from sparse_kernels.layers import SparseLinear
 
 WORDS = "the cat sat on a mat while one old dog ran to two men who had not seen it before in that town".split()
 

@@ -32,7 +32,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     specials = ["<pad>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(["def f(self):\n    return self\n"] * 4, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
     fast.save_pretrained(folder)
@@ -67,7 +69,10 @@ def test_a_run_ends_in_a_leaderboard(model: str, tmp_path: Path, capsys: pytest.
     dense, null, teal = found["dense None"], found["null None"], found["teal 0.5"]
     assert null["cost"] == dense["cost"] and null["items"]["nll"] == dense["items"]["nll"]
     assert null["items"]["stdlib_identifier"] == dense["items"]["stdlib_identifier"]
-    assert abs(teal["density"]["model"] - 0.5) < 0.06 and teal["cost"]["decode"]["bytes"] < dense["cost"]["decode"]["bytes"]
+    assert (
+        abs(teal["density"]["model"] - 0.5) < 0.06
+        and teal["cost"]["decode"]["bytes"] < dense["cost"]["decode"]["bytes"]
+    )
     assert found["lte 0.5"]["cost"]["decode"]["flops_overhead"] > 0 and found["lte 0.5"]["prepare"]["tokens"] > 0
     for record in found.values():
         assert record["latency"]["path"] == "cpu-reference" and len(record["items"]["nll"]) == 8
@@ -112,7 +117,9 @@ def test_a_resumed_cell_equals_an_uninterrupted_one(model: str, tmp_path: Path) 
 
 
 def test_modes_batches_and_contexts_multiply_into_cells(model: str, tmp_path: Path) -> None:
-    arguments = command(model, tmp_path, "--tasks", "none", "--mode", "decode,all", "--batch", "1,2", "--context", "16,32")
+    arguments = command(
+        model, tmp_path, "--tasks", "none", "--mode", "decode,all", "--batch", "1,2", "--context", "16,32"
+    )
     arguments[4] = "teal:allocation=uniform"
     assert cli.main([*arguments, "--density", "0.5"]) == 0
     records = store.load(tmp_path)
@@ -184,7 +191,9 @@ def test_synthetic_weights_never_have_an_accuracy(model: str, tmp_path: Path) ->
     assert found["teal 0.5"]["density"]["model"] == pytest.approx(0.5, abs=0.1)
 
 
-def test_an_unwritable_folder_is_found_before_any_work(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_folder_is_found_before_any_work(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     place = tmp_path / "file"
     place.write_text("")
     assert cli.main(command(model, place / "out")) == 2

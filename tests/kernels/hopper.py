@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
+
 from sparse_kernels import ACTIVATIONS, bandwidth
 from sparse_kernels.expert_ffn import kernel as expert_ffn
 from sparse_kernels.input_linear import kernel as input_linear
 from sparse_kernels.selection import kernel as selection
-from triton.backends.compiler import GPUTarget
 
 MODULES = (selection, input_linear, expert_ffn, bandwidth)
 

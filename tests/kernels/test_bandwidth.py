@@ -1,5 +1,6 @@
 import pytest
 import torch
+
 from sparse_kernels import read_bandwidth
 from sparse_kernels.bandwidth import ELEMENTS, STEPS, stream_read
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from support import limits
+
 from sparse_kernels import compact
 from sparse_kernels.selection import naive
-from support import limits
 
 
 def same(actual, expected):

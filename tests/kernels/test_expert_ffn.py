@@ -1,9 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support import close, double
+
 from sparse_kernels import ACTIVATIONS, compact, expert_ffn, expert_hidden, input_linear
 from sparse_kernels.expert_ffn import naive
-from support import close, double
 
 WIDTH = 72
 

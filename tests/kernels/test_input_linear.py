@@ -1,8 +1,9 @@
 import pytest
 import torch
+from support import choose, close, double, index_list, limits
+
 from sparse_kernels import input_linear
 from sparse_kernels.input_linear import naive
-from support import choose, close, double, index_list, limits
 
 
 def make(batch, channels, width, density, device, dtype=torch.float32, group=1):

@@ -5,13 +5,14 @@ import sys
 
 import pytest
 import torch
-from sparse_kernels import compact, expert_ffn, input_linear
-from sparse_kernels.expert_ffn import naive as ffn
-from sparse_kernels.input_linear import naive as linear
 from support import choose, index_list
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
+
+from sparse_kernels import compact, expert_ffn, input_linear
+from sparse_kernels.expert_ffn import naive as ffn
+from sparse_kernels.input_linear import naive as linear
 
 
 def operands():

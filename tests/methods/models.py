@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from methods.base import Data
 from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+
+from methods.base import Data
 
 VOCABULARY = 300
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from methods import Artifact, UsageError, load_artifact, sparsify, sparsify_
 from methods.artifact import CONFIG_FILE, TENSOR_FILE, fingerprint
 from methods.base import parse_mode
 from methods.registry import info, names, parse
-
 from tests.methods.models import MODELS, data, llama, windows
 
 SPECS = {

@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from harness import cost
 from methods import sparsify
 from methods.registry import parse
 from methods.shared.calibration import MagnitudeHistogram, block_calls, input_histograms
 from methods.teal import greedy_allocation
-
-from harness import cost
 from tests.methods.models import MODELS, data, llama, windows
 
 
