@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from .families import Block
 
 TAU = 0.5  # the paper's threshold on sigmoid scores, in all experiments; the same decision as logit > 0
 
@@ -135,14 +134,15 @@ class Lte(Method):
         from sparse_kernels.layers import ExpertFFN
 
         from .families import activation_of, blocks
+        from .shared.experts import dequantise, neuron_order, permuted, place_ffn
 
         tensors = attachment.artifact.tensors
-        order = _neuron_order(attachment.model, tensors)
+        order = neuron_order(attachment.model, tensors)
         for name, parameter in list(attachment.model.named_parameters(remove_duplicate=False)):
             if name in order or f"delta.{name}" in tensors:
-                value = _permuted(parameter.detach(), order.get(name))
+                value = permuted(parameter.detach(), order.get(name))
                 if f"delta.{name}" in tensors:
-                    value = value.float() + _dequantise(tensors, name).to(value.device)
+                    value = value.float() + dequantise(tensors, name).to(value.device)
                 attachment.set_parameter(name, value)
         activation = activation_of(attachment.model.config)
         for block in blocks(attachment.model):
@@ -158,53 +158,7 @@ class Lte(Method):
                 attachment.phase,
                 attachment.meter,
             )
-            _place(block, layer, attachment.replace)
-
-
-def _place(block: Block, layer: nn.Module, replace: Any) -> None:
-    """Puts one module where the block computes its FFN."""
-    from torch import nn
-
-    first, *rest = block.layout.ffn
-    replace(f"{block.path}.{first}", layer)
-    for name in rest:
-        replace(f"{block.path}.{name}", nn.Identity())
-
-
-def _neuron_order(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, tuple[Tensor, int]]:
-    """For every parameter that has a neuron axis: the permutation and that axis."""
-    from .families import blocks
-
-    order: dict[str, tuple[Tensor, int]] = {}
-    for block in blocks(model):
-        if f"permutation.{block.index}" not in tensors:
-            continue
-        permutation = tensors[f"permutation.{block.index}"].long()
-        for site in ("gate", "up", "down"):
-            if site in block.linears:
-                path = f"{block.path}.{block.layout.linears[site]}"
-                order[f"{path}.weight"] = permutation, int(site == "down")
-                if site != "down" and block.linears[site].bias is not None:
-                    order[f"{path}.bias"] = permutation, 0
-    return order
-
-
-def _permuted(value: Tensor, order: tuple[Tensor, int] | None) -> Tensor:
-    return value if order is None else value.index_select(order[1], order[0].to(value.device))
-
-
-def quantise(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight difference in 8 bits: int8 values and one float32 scale per row (per tensor for vectors)."""
-    import torch
-
-    rows = delta.detach().float().reshape(delta.shape[0] if delta.dim() > 1 else 1, -1)
-    scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-    return (rows / scale).round().to(torch.int8).reshape(delta.shape).cpu(), scale.flatten().cpu()
-
-
-def _dequantise(tensors: dict[str, Tensor], name: str) -> Tensor:
-    delta, scale = tensors[f"delta.{name}"], tensors[f"scale.{name}"]
-    return delta.float() * (scale.unsqueeze(1) if delta.dim() > 1 else scale)
+            place_ffn(block, layer, attachment.replace)
 
 
 class _Trainer:
@@ -321,6 +275,7 @@ class _Student:
         from sparse_kernels.layers import Meter, Phase
 
         from .families import activation_of, blocks
+        from .shared.experts import neuron_order, permuted, place_ffn
         from .shared.routing import SoftExpertFFN
 
         self.options, self.lr, self.windows, self.seed, self.progress = options, lr, windows, seed, progress
@@ -330,8 +285,8 @@ class _Student:
         self.parameters = dict(self.model.named_parameters())
         embeddings = {id(m.weight) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())}
         with torch.no_grad():
-            for name, order in _neuron_order(self.model, permutations).items():
-                self.parameters[name].copy_(_permuted(self.parameters[name], order))
+            for name, order in neuron_order(self.model, permutations).items():
+                self.parameters[name].copy_(permuted(self.parameters[name], order))
         for parameter in self.parameters.values():
             parameter.requires_grad_(id(parameter) not in embeddings)
         self.layers: list[SoftExpertFFN] = []
@@ -353,7 +308,7 @@ class _Student:
             )
             layer.router.requires_grad_(True)
             self.layers.append(layer)
-            _place(block, layer, self._set)
+            place_ffn(block, layer, self._set)
         if state is not None:
             self._load(state)
 
@@ -433,14 +388,16 @@ class _Student:
         """The artifact: permutations, routers, and every trained parameter as a difference to the dense one."""
         import torch
 
+        from .shared.experts import neuron_order, permuted, quantise
+
         found = dict(permutations)
-        order = _neuron_order(base, permutations)
+        order = neuron_order(base, permutations)
         for layer in self.layers:
             found[f"router.{layer.layer}"] = layer.router.detach().cpu().to(torch.bfloat16)
         for name, original in base.named_parameters():
             parameter = self.parameters[name]
             if parameter.requires_grad:
-                delta = parameter.detach() - _permuted(original.detach(), order.get(name)).float()
+                delta = parameter.detach() - permuted(original.detach(), order.get(name)).float()
                 found[f"delta.{name}"], found[f"scale.{name}"] = quantise(delta)
         return found
 

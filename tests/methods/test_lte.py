@@ -7,9 +7,10 @@ import torch
 
 from methods import sparsify
 from methods.base import Data
-from methods.lte import LteOptions, _dequantise, _Student, penalties, quantise
+from methods.lte import LteOptions, _Student, penalties
 from methods.registry import parse
 from methods.shared.clustering import _stable, balanced_kmeans, expert_permutation
+from methods.shared.experts import dequantise, quantise
 from methods.shared.training import train
 from sparse_kernels.layers import ExpertFFN, Meter, Phase
 from tests.methods.models import MODELS, data, llama, windows
@@ -156,17 +157,17 @@ def test_the_artifact_reproduces_the_student() -> None:
 def test_differences_in_eight_bits() -> None:
     delta = torch.randn(6, 50) * torch.logspace(-4, 0, 6)[:, None]
     values, scale = quantise(delta)
-    found = _dequantise({"delta.w": values, "scale.w": scale}, "w")
+    found = dequantise({"delta.w": values, "scale.w": scale}, "w")
     assert (
         values.dtype == torch.int8 and ((found - delta).abs() <= delta.abs().amax(1, keepdim=True) / 254 + 1e-9).all()
     )
     vector = torch.randn(7)
     values, scale = quantise(vector)
     assert torch.allclose(
-        _dequantise({"delta.b": values, "scale.b": scale}, "b"), vector, atol=float(vector.abs().max()) / 200
+        dequantise({"delta.b": values, "scale.b": scale}, "b"), vector, atol=float(vector.abs().max()) / 200
     )
     assert torch.equal(
-        _dequantise(dict(zip(("delta.z", "scale.z"), quantise(torch.zeros(2, 3)), strict=True)), "z"), torch.zeros(2, 3)
+        dequantise(dict(zip(("delta.z", "scale.z"), quantise(torch.zeros(2, 3)), strict=True)), "z"), torch.zeros(2, 3)
     )
 
 
