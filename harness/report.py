@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,20 @@ from methods.errors import UsageError
 from . import machine, store
 from .rows import BUDGETS, Group, group
 from .store import Record
-from .tables import cost_columns, dense_baselines, github, markdown, quality_columns, site_columns, terminal
+from .tables import (
+    cost_columns,
+    dense_baselines,
+    github,
+    markdown,
+    quality_columns,
+    readme_columns,
+    site_columns,
+    terminal,
+)
 
 PAGE = "LEADERBOARD.md"
 PLOT = "pareto.png"
+BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
 WIDTH = 120
 SHOWN_DIFFERENCES = 20
 
@@ -43,48 +54,58 @@ HOW_TO_READ = f"""\
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="results/local", help="folder of the records (default: results/local)")
-    parser.add_argument("--check", action="store_true", help=f"change nothing; exit 1 if {PAGE} is out of date")
+    parser.add_argument("--readme", metavar="FILE", help="also put a short table between the leaderboard marks of FILE")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a text is out of date")
 
 
 def main(args: argparse.Namespace) -> int:
     if args.check:
-        return check(args.out)
-    files = build(args.out)
+        return check(args.out, args.readme)
+    files = build(args.out, args.readme)
     show(args.out)
     print("\n".join(f"wrote {path}" for path in files))
     return 0
 
 
-def build(out: str | Path) -> list[Path]:
-    """Writes LEADERBOARD.md and, where there is something to draw, pareto.png and .svg; returns the files.
+def build(out: str | Path, readme: str | Path | None = None) -> list[Path]:
+    """Writes LEADERBOARD.md, the table of `readme` and, where there is something to draw, pareto.png and .svg.
 
-    Raises UsageError when there are no records or they cannot be read.
+    Returns the files. Raises UsageError when there are no records or they cannot be read, and when `readme` has no
+    place for a table.
     """
     from .plots import pareto
 
     groups, folder = _groups(out), store.ensure_writable(out)
-    (folder / PAGE).write_text(page(groups), encoding="utf-8")
-    return [folder / PAGE, *pareto(groups, folder / PLOT)]
+    texts = _texts(groups, folder, readme)
+    for place, text in texts.items():
+        place.write_text(text, encoding="utf-8")
+    return [*texts, *pareto(groups, folder / PLOT)]
 
 
-def check(out: str | Path) -> int:
-    """0 when the page in the folder is what its records say and the plots exist, else 1 with the differences."""
+def check(out: str | Path, readme: str | Path | None = None) -> int:
+    """0 when the generated texts are what the records say and the plots exist, else 1 with the differences."""
     from .plots import panels
 
     groups, folder = _groups(out), Path(out).expanduser()
-    place = folder / PAGE
-    committed = place.read_text(encoding="utf-8") if place.is_file() else ""
-    texts = committed.splitlines(), page(groups).splitlines()
-    lines = list(difflib.unified_diff(*texts, str(place), "records", n=0, lineterm=""))
-    missing = any(map(panels, groups)) and not (folder / PLOT).is_file()
-    if not lines and not missing:
-        print(f"{place} is up to date.")
+    texts = _texts(groups, folder, readme)
+    lines: list[str] = []
+    stale = []
+    for place, text in texts.items():
+        committed = place.read_text(encoding="utf-8") if place.is_file() else ""
+        pair = committed.splitlines(), text.splitlines()
+        if found := list(difflib.unified_diff(*pair, str(place), "records", n=0, lineterm="")):
+            lines += found
+            stale.append(f"{place} differs from its records")
+    if any(map(panels, groups)) and not (folder / PLOT).is_file():
+        stale.append(f"{PLOT} is missing")
+    if not stale:
+        print("\n".join(f"{place} is up to date." for place in texts))
         return 0
     print("\n".join(line[:200] for line in lines[:SHOWN_DIFFERENCES]))
     if len(lines) > SHOWN_DIFFERENCES:
         print(f"... and {len(lines) - SHOWN_DIFFERENCES} more lines")
-    what = " and ".join([f"{place} differs from its records"] * bool(lines) + [f"{PLOT} is missing"] * missing)
-    print(f"{what}: run `python -m harness report --out {out}`.")
+    option = f" --readme {readme}" if readme else ""
+    print(f"{' and '.join(stale)}: run `python -m harness report --out {out}{option}`.")
     return 1
 
 
@@ -99,6 +120,16 @@ def page(groups: Sequence[Group]) -> str:
         parts += _section(found) if found.rows else []
     parts += _left_out(groups)
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def excerpt(groups: Sequence[Group], link: str) -> str:
+    """The leaderboard in short, for a README; `link` leads from there to the whole."""
+    parts = []
+    for found in groups:
+        if found.rows:
+            parts += [f"**{found.title}**", markdown(readme_columns(found), found.rows), _machine(found)]
+            parts += _warnings(found)
+    return "\n\n".join([*parts, f"Intervals, densities by site and preparation costs: [{PAGE}]({link})."])
 
 
 def show(out: str | Path) -> None:
@@ -123,6 +154,21 @@ def show(out: str | Path) -> None:
         console.print(f"{record['status']}: {_name(record)}: {_reason(record)}", markup=False)
 
 
+def _texts(groups: Sequence[Group], folder: Path, readme: str | Path | None) -> dict[Path, str]:
+    """Every generated text by its file."""
+    texts = {folder / PAGE: page(groups)}
+    if readme is not None:
+        place = Path(readme).expanduser()
+        text = place.read_text(encoding="utf-8") if place.is_file() else ""
+        before, begin, rest = text.partition(BEGIN)
+        _, end, after = rest.partition(END)
+        if not (begin and end):
+            raise UsageError(f"'{readme}' has no place for a table: write '{BEGIN}' and '{END}' where it belongs.")
+        link = Path(os.path.relpath(folder / PAGE, place.parent)).as_posix()
+        texts[place] = f"{before}{BEGIN}\n\n{excerpt(groups, link)}\n\n{END}{after}"
+    return texts
+
+
 def _groups(out: str | Path) -> list[Group]:
     records = store.latest(store.load(out))
     if not records:
@@ -131,12 +177,7 @@ def _groups(out: str | Path) -> list[Group]:
 
 
 def _section(found: Group) -> list[str]:
-    newest = max((row.record for row in found.rows), key=lambda record: str(record["time"]))
-    parts = [
-        f"## {found.title}",
-        f"{found.details}.",
-        f"Machine: {machine.line(found.machine, newest.get('git'))}",
-    ]
+    parts = [f"## {found.title}", f"{found.details}.", _machine(found)]
     parts += ["### Cost", markdown(cost_columns(found), found.rows)]
     if baselines := dense_baselines(found):
         parts.append(f"Dense in the same run, ms/step: {baselines}.")
@@ -148,6 +189,11 @@ def _section(found: Group) -> list[str]:
         rows = [row for row in found.rows if not row.is_baseline]
         parts += ["### Density by site: mean (p99 over tokens)", markdown(sites, rows)] if rows else []
     return [*parts, *_warnings(found)]
+
+
+def _machine(found: Group) -> str:
+    newest = max((row.record for row in found.rows), key=lambda record: str(record["time"]))
+    return f"Machine: {machine.line(found.machine, newest.get('git'))}"
 
 
 def _warnings(found: Group) -> list[str]:

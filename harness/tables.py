@@ -86,6 +86,26 @@ def quality_columns(group: Group) -> list[Column]:
     ]
 
 
+def readme_columns(group: Group) -> list[Column]:
+    """The few columns of the short table: density, cost, time, and how far the model strays from dense."""
+    columns = [
+        *name_columns(group),
+        Column("model density", lambda r: number(r.part("density").get("model"))),
+        Column("GFLOP/token", lambda r: _per(r.decode.get("flops"), 1e9)),
+        Column("MB/token", lambda r: _per(r.decode.get("bytes"), 1e6)),
+        Column("ms/step, CPU reference path" if group.on_cpu else "ms/step (speed-up, verdict)", _brief_time(group)),
+    ]
+    if group.synthetic:
+        return columns
+    return [
+        *columns,
+        Column("perplexity", lambda r: number(r.part("fidelity").get("perplexity"), 4)),
+        Column("KL, nats/token", lambda r: number(r.part("fidelity").get("kl"), 2)),
+        Column("greedy agreement", lambda r: percent(r.part("fidelity").get("greedy_agreement"))),
+        Column(f"tasks, average of {len(group.task_names)}", lambda r: percent(r.task_average)),
+    ]
+
+
 def task_column(name: str, group: Group) -> Column:
     """Score and difference to dense of one task: in per cent and points where the score is a share."""
     facts = next(row.part("accuracy")[name] for row in group.rows if name in row.part("accuracy"))
@@ -205,6 +225,21 @@ def count(value: float | None) -> str:
 
 def interval(value: Interval | None) -> str:
     return NONE if value is None else f"{value.estimate:.3f} [{value.low:.3f}, {value.high:.3f}]"
+
+
+def _per(value: float | None, unit: float) -> str:
+    return NONE if value is None else number(value / unit)
+
+
+def _brief_time(group: Group) -> Text:
+    def text(row: Row) -> str:
+        latency = row.part("latency")
+        time = number(latency.get("median"))
+        if group.on_cpu or row.method == "dense" or latency.get("speedup") is None:
+            return time
+        return f"{time} ({latency['speedup']:.2f}, {latency.get('verdict')})"
+
+    return text
 
 
 def _of_dense(name: str, unit: float) -> Text:

@@ -34,7 +34,8 @@ class LteOptions:
     lambda_sep: separability weight; sep_eps: keeps the separability penalty finite at the threshold;
     stage1_steps, stage2_steps, batch (windows per step): the training budget; lr: learning rate (0: the paper's
     1.5e-5 for 4096-wide models, scaled by 4096 / hidden size); tolerance: accepted distance to the target density;
-    trials: stage-1 trainings the search may spend on one target."""
+    trials: stage-1 trainings the search may spend on one target; dense_prefix: in stage 2 a random prefix of every
+    window uses all experts, as a prompt does under mode decode (false: the paper's, every token routed)."""
 
     expert_size: int = 32
     eta: float = 0.0
@@ -46,6 +47,7 @@ class LteOptions:
     lr: float = 0.0
     tolerance: float = 0.02
     trials: int = 5
+    dense_prefix: bool = True
 
     def __post_init__(self) -> None:
         if self.expert_size < 1 or self.batch < 1 or self.trials < 1:
@@ -64,8 +66,8 @@ class Lte(Method):
     sites = ("ffn",)
     fidelity = (
         "paper: balanced k-means on gate rows, both losses, two stages, threshold 0.5, experts not scaled by their "
-        "score; adapted: the separability penalty has an epsilon, embeddings and lm_head stay frozen, the training "
-        "text is the run's corpus, weight differences are stored in 8 bits per row"
+        "score; adapted: the separability penalty has an epsilon, embeddings and lm_head stay frozen, stage 2 sees "
+        "dense prompts as decoding does, the training text is the run's corpus, weight differences are stored in 8 bits"
     )
     Options = LteOptions
     options: LteOptions
@@ -289,6 +291,7 @@ class _Student:
                 self.parameters[name].copy_(permuted(self.parameters[name], order))
         for parameter in self.parameters.values():
             parameter.requires_grad_(id(parameter) not in embeddings)
+        self.cuts = torch.Generator().manual_seed(seed)
         self.layers: list[SoftExpertFFN] = []
         generator = torch.Generator().manual_seed(seed)
         for block in list(blocks(self.model)):
@@ -352,7 +355,19 @@ class _Student:
         for layer in self.layers:
             layer.soft = False
             layer.router.requires_grad_(False)
-        return self._train(self._task_loss, steps, label, checkpoint) if steps else []
+        return self._train(self._hard_loss, steps, label, checkpoint) if steps else []
+
+    def _hard_loss(self, windows: Tensor) -> Tensor:
+        import torch
+
+        if self.options.dense_prefix:
+            positions = torch.arange(windows.shape[1], device=windows.device)
+            cut = torch.randint(windows.shape[1], (len(windows), 1), generator=self.cuts).to(windows.device)
+            self.phase.active = positions >= cut
+        try:
+            return self._task_loss(windows)
+        finally:
+            self.phase.active = True
 
     def _train(self, loss: Any, steps: int, label: str, checkpoint: Path | None) -> list[float]:
         from .shared.training import train

@@ -28,7 +28,7 @@ class Task:
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("stdlib_next_line", "acc", 0.25, "which of 4 lines of the file comes next"),
+        Task("stdlib_next_line", "acc_norm", 0.25, "which of 4 lines of the file comes next"),
         Task("stdlib_identifier", "acc", 0.25, "which of 4 identifiers seen before stands here"),
         Task("stdlib_complete_line", "exact_match", 0.0, "write the last few characters of a line"),
     )

@@ -251,12 +251,12 @@ def test_report_writes_and_check_sees_drift(tmp_path: Any, capsys: pytest.Captur
     files = report.build(out)
     assert [f.name for f in files] == ["LEADERBOARD.md", "pareto.png", "pareto.svg"]
     before = [f.read_bytes() for f in files]
-    assert report.main(argparse.Namespace(out=out, check=True)) == 0
+    assert report.main(argparse.Namespace(out=out, readme=None, check=True)) == 0
     report.build(out)
     assert [f.read_bytes() for f in files] == before
     store.append(tmp_path, record("teal", 0.6))
     capsys.readouterr()
-    assert report.main(argparse.Namespace(out=out, check=True)) == 1
+    assert report.main(argparse.Namespace(out=out, readme=None, check=True)) == 1
     assert "run `python -m harness report" in capsys.readouterr().out
     assert [f.read_bytes() for f in files] == before
     report.build(out)
@@ -264,9 +264,46 @@ def test_report_writes_and_check_sees_drift(tmp_path: Any, capsys: pytest.Captur
     assert report.check(out) == 1
 
 
+def test_readme_holds_a_short_table_between_its_marks(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    out, readme = write(tmp_path / "results" / "cpu", FULL), tmp_path / "README.md"
+    readme.write_text(f"# Title\n\nbefore\n\n{report.BEGIN}\nold\n{report.END}\n\nafter\n")
+    arguments = argparse.Namespace(out=out, readme=str(readme), check=True)
+    report.build(out)
+    assert report.check(out) == 0 and report.main(arguments) == 1
+    assert f"--out {out} --readme {readme}`" in capsys.readouterr().out
+    assert readme in report.build(out, readme)
+    text = readme.read_text()
+    assert text.startswith(f"# Title\n\nbefore\n\n{report.BEGIN}\n") and text.endswith(f"{report.END}\n\nafter\n")
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(FULL) and "old" not in text
+    teal = next([cell.strip() for cell in line.split("|")] for line in table if "0.8" in line and "teal" in line)
+    assert teal[1:7] == ["teal", "0.8", "0.800", "0.0160", "11.2", "1.60 (1.25, faster)"]
+    assert "(results/cpu/LEADERBOARD.md)" in text and "Test GPU (abc123)" in text
+    report.build(out, readme)
+    assert readme.read_text() == text and report.main(arguments) == 0
+    readme.write_text(text.replace("0.0160", "0.0161"))
+    assert report.main(arguments) == 1
+
+
+def test_readme_table_says_what_a_cpu_time_is_and_has_no_accuracy_of_random_weights() -> None:
+    on_cpu = report.excerpt(rows.group([record(device="cpu"), record("teal", 0.8, device="cpu")]), "x.md")
+    assert "ms/step, CPU reference path" in on_cpu and "faster" not in on_cpu
+    random_weights = report.excerpt(rows.group([synthetic("dense"), synthetic("teal", 0.5)]), "x.md")
+    assert "MB/token" in random_weights and "perplexity" not in random_weights
+
+
+@pytest.mark.parametrize("text", ["", report.BEGIN, f"{report.END}\n{report.BEGIN}"])
+def test_a_readme_without_marks_is_a_usage_error_and_nothing_is_written(text: str, tmp_path: Any) -> None:
+    out, readme = write(tmp_path / "out", FULL), tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(UsageError, match="no place for a table"):
+        report.build(out, readme)
+    assert readme.read_text() == text and not (tmp_path / "out" / report.PAGE).exists()
+
+
 def test_terminal_tables_fit_120_columns(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     out = write(tmp_path, FULL)
-    assert report.main(argparse.Namespace(out=out, check=False)) == 0
+    assert report.main(argparse.Namespace(out=out, readme=None, check=False)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("teal 0.8" in line for line in lines)
     assert max(len(line) for line in lines if not line.startswith("wrote")) <= 120

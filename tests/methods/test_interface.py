@@ -136,6 +136,15 @@ def test_an_artifact_of_other_weights_is_refused() -> None:
         pass
 
 
+def test_fingerprints_see_every_parameter_of_any_size() -> None:
+    model = torch.nn.ParameterDict({"large": torch.nn.Parameter(torch.zeros(2**24 + 3)), "one": torch.zeros(1)})
+    before = fingerprint(model)  # type: ignore[arg-type]
+    with torch.no_grad():
+        model["large"][-1] = 1.0
+    assert fingerprint(model) != before  # type: ignore[arg-type]
+    assert fingerprint(llama()) == fingerprint(llama().bfloat16().float())
+
+
 def test_attaching_twice_is_refused() -> None:
     model = llama()
     sparsify_(model, prepare(model, "null"))
