@@ -291,7 +291,6 @@ class _Student:
                 self.parameters[name].copy_(permuted(self.parameters[name], order))
         for parameter in self.parameters.values():
             parameter.requires_grad_(id(parameter) not in embeddings)
-        self.cuts = torch.Generator().manual_seed(seed)
         self.layers: list[SoftExpertFFN] = []
         generator = torch.Generator().manual_seed(seed)
         for block in list(blocks(self.model)):
@@ -362,7 +361,9 @@ class _Student:
 
         if self.options.dense_prefix:
             positions = torch.arange(windows.shape[1], device=windows.device)
-            cut = torch.randint(windows.shape[1], (len(windows), 1), generator=self.cuts).to(windows.device)
+            # Drawn from the batch itself, so that a resumed training cuts the same windows at the same places.
+            generator = torch.Generator().manual_seed(int(windows.sum()))
+            cut = torch.randint(windows.shape[1], (len(windows), 1), generator=generator).to(windows.device)
             self.phase.active = positions >= cut
         try:
             return self._task_loss(windows)
