@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 GENERATED = 64  # tokens of dense text per prompt, for greedy agreement
 KERNEL_CHECK_TOKENS = 16
+KERNEL_TOLERANCE = 0.01  # nats per token; see `kernel_tolerance`
 
 
 @dataclass
@@ -102,7 +103,6 @@ def measure(
         "tokens": scored * len(windows),
         "window": windows.shape[1],
         "scored": scored,
-        "kernel_difference": kernel_check(model, handle, windows[:1], scored),
     }
     return block, items
 
@@ -126,11 +126,22 @@ def agreement(model: PreTrainedModel, handle: SparseModel, text: Tensor) -> list
     return (logits.argmax(-1) == text[:, -GENERATED:]).float().mean(1).tolist()
 
 
-def kernel_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, scored: int) -> float:
-    """Largest difference between the batched masked pass and a token-by-token decode of the same text.
+def kernel_tolerance(block: dict[str, Any] | None) -> float:
+    """How far the timed path may be from the evaluated one: little, or half of what the method itself changes.
 
-    The decode runs the path that is timed (the kernels on a GPU), the batched pass the reference path; the result is
-    the largest absolute difference of log-probabilities over a few tokens.
+    bfloat16 TEAL at density 0.5 on the reference model is 0.1 to 0.2 from itself and 0.6 from dense; the null method,
+    which has no threshold to fall on either side of, runs the same kernels and must meet the absolute tolerance.
+    """
+    return max(KERNEL_TOLERANCE, 0.5 * block["kl"] if block else 0.0)
+
+
+@torch.inference_mode()
+def kernel_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, scored: int) -> float:
+    """KL divergence, nats per token, of a token-by-token decode from the batched masked pass over the same text.
+
+    The decode runs the path that is timed (the kernels on a GPU), the batched pass the reference path. In bfloat16 the
+    two round differently, and a value at a threshold may fall on either side of it: tails of the distribution then
+    move by several nats while its mass stays, so a mean over the mass is what tells a broken kernel from rounding.
     """
     from transformers import DynamicCache
 
@@ -148,5 +159,5 @@ def kernel_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, sc
         for at in range(context, part.shape[1] - 1):
             out = model(input_ids=part[:, at : at + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
             decoded.append(out.logits.float())
-    difference = F.log_softmax(torch.cat(decoded, 1), -1) - F.log_softmax(batched, -1)
-    return float(difference.abs().max())
+    expected, found = F.log_softmax(batched, -1), F.log_softmax(torch.cat(decoded, 1), -1)
+    return max(0.0, float((expected.exp() * (expected - found)).sum(-1).mean()))

@@ -106,6 +106,7 @@ class Bench:
         if handle.layers():
             with handle.sparse():
                 for layer in handle.layers():
+                    layer.count = None  # an earlier pass had another batch
                     if self.gpu:
                         layer.materialize()
                 sparse = self._runners("sparse")

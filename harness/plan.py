@@ -24,8 +24,9 @@ ROOT = Path(__file__).parent.parent
 BASELINES = ("dense", "null")
 OFFLINE_TASKS = "stdlib_next_line,stdlib_identifier,stdlib_complete_line"
 LIMIT, QUICK_LIMIT = 200, 40
+MAX_BATCH = 64  # rows that the shared kernels take
 # How results are shown does not change what was measured.
-PRESENTATION = frozenset({"__main__.py", "cli.py", "ls.py", "report.py", "tables.py", "plots.py"})
+PRESENTATION = frozenset(f"{name}.py" for name in "__main__ cli ls report rows tables plots progress".split())
 
 T = TypeVar("T")
 
@@ -82,13 +83,13 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--density", metavar="LIST", help="target densities in (0, 1] (default: each method's own)")
     add("--mode", default="decode", metavar="LIST", help="decode, all or last-<x>%% (default: decode)")
     add("--tasks", default=OFFLINE_TASKS, metavar="LIST", help="lm-eval tasks or none (default: the offline three)")
-    add("--corpus", default="stdlib", help="stdlib, wikitext2, c4 or .txt/.jsonl files (default: stdlib)")
+    add("--corpus", default="stdlib", help="stdlib, python, wikitext2, c4 or .txt/.jsonl files (default: stdlib)")
     add("--batch", default="1", metavar="LIST", help="sequences decoded at once (default: 1)")
     add("--context", metavar="LIST", help="tokens in the cache (default: 512, or 3/4 of what the model can hold)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:<n> (default: auto)")
     add("--dtype", default="auto", help="bf16, fp16, fp32 or auto: bf16 on a GPU, fp32 on a CPU (default: auto)")
     add("--out", default="results/local", help="folder of the records (default: results/local)")
-    add("--quick", action="store_true", help=f"a first look: {QUICK_LIMIT} items per task, short timing")
+    add("--quick", action="store_true", help=f"a first look: {QUICK_LIMIT} items per task")
     add("--limit", type=int, metavar="N", help=f"items per task (default: {LIMIT})")
     add("--seed", type=int, default=0, help="of every random choice (default: 0)")
     add("--dry-run", action="store_true", help="print the cells and what they would cost, and stop")
@@ -151,7 +152,7 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
                         seed=args.seed,
                         device=device,
                         dtype=dtype,
-                        not_applicable=_why_not(method, config, mode),
+                        not_applicable=_why_not(method, config, mode, batch),
                     )
                 )
     if len(asked) == 1:
@@ -283,7 +284,7 @@ def _method_densities(method: Method, asked: Sequence[float] | None) -> Sequence
     return own if asked is None or method.name in BASELINES or own == (None,) else asked
 
 
-def _why_not(method: Method, config: Any, mode: str) -> str | None:
+def _why_not(method: Method, config: Any, mode: str, batch: int) -> str | None:
     from methods.families import layout_of
 
     kind = "last" if mode.startswith("last-") else mode
@@ -291,6 +292,8 @@ def _why_not(method: Method, config: Any, mode: str) -> str | None:
         return f"{method.name} has no mode '{mode}', only {', '.join(method.modes)}."
     if method.name == "dense":
         return None
+    if batch > MAX_BATCH:
+        return f"the shared kernels decode at most {MAX_BATCH} sequences at once: give --batch {MAX_BATCH} or less."
     try:
         layout_of(config)
     except UsageError as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +17,6 @@ from methods.registry import create
 from . import artifacts, cost, fidelity, latency, models
 from .corpus import Corpus, load_corpus, token_windows
 from .plan import Cell
-
-if TYPE_CHECKING:
-    pass
 
 WINDOW = 1024  # tokens per perplexity window, or what the model can hold
 EVALUATION_BATCH = 8  # fixed, because in low precision results depend on it; it is in every record
@@ -95,6 +92,7 @@ class Session:
         with sparsify(self.model, artifact, cell.mode) as handle:
             quality = self._quality_of(cell, handle)
             handle.meter.counts.update(quality.counts)
+            path_kl = self._check_paths(handle, quality)
             timing = bench.measure(
                 handle, lambda: self._timed_bytes(handle, cell), lambda a, b: self.progress("decode latency", a, b)
             )
@@ -112,8 +110,19 @@ class Session:
             "accuracy": quality.accuracy,
             "items": quality.items,
             "evaluation_batch": EVALUATION_BATCH,
-            "latency": timing,
+            "latency": {**timing, "path_kl": path_kl},
         }
+
+    def _check_paths(self, handle: SparseModel, quality: Quality) -> float:
+        """Nothing is timed whose decode step computes something else than what was evaluated."""
+        window = self.windows[:1].to(self.device)
+        found = fidelity.kernel_check(self.model, handle, window, window.shape[1] // 2)
+        limit = fidelity.kernel_tolerance(quality.fidelity)
+        if not found <= limit:  # also true for NaN
+            raise RuntimeError(
+                f"the timed decode step is {found:.2g} nats per token from the evaluated one (limit {limit:.2g})"
+            )
+        return found
 
     def close(self) -> None:
         if self._bench is not None:

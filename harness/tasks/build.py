@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from harness.artifacts import cache_dir
 from harness.corpus import Corpus, Document
 
 ITEMS = 2500
@@ -222,7 +223,7 @@ def config(task: str, corpus: Corpus, metric: str, seed: int = 0, folder: Path |
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "activation-sparsity-benchmark" / "tasks"
+    return cache_dir() / "tasks"
 
 
 def _choice(context: str, right: str, wrong: list[str], rng: random.Random) -> Item:

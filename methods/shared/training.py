@@ -33,11 +33,13 @@ def train(
     """Minimises `loss(windows of one batch)` over the parameters of `model` that require gradients.
 
     AdamW (0.9, 0.999), no weight decay, gradient clipping at 1.0, linear warm-up then linear decay to zero: the
-    defaults of the transformers Trainer, which the LTE paper builds on. Mixed bfloat16 on a GPU, float32 on a CPU.
+    defaults of the transformers Trainer, which the LTE paper builds on. Mixed bfloat16 where the hardware has it, else
+    float32.
     windows: int64 [n, window]; batch: windows per step. Returns the loss of every step. With `checkpoint`, the state
     is saved every minute and at the end, and a later call with the same arguments goes on from there.
     """
     device = next(model.parameters()).device
+    mixed = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda")
     rising = max(1, round(warmup * steps))
@@ -49,7 +51,7 @@ def train(
         # Drawn from (seed, step) alone, so that a resumed run sees the same batches.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(windows), (batch,), generator=generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
             value = loss(windows[rows].to(device))
         value.backward()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)

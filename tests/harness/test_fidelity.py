@@ -24,12 +24,12 @@ def measure(
 def test_null_is_dense_and_a_sparse_model_is_not(make: object) -> None:
     model, dense = make(), fidelity.DenseReference()  # type: ignore[operator]
     block, items = measure(model, "dense", dense)
-    assert block["kl"] == 0 and block["greedy_agreement"] == 1 and block["kernel_difference"] < 1e-4
+    assert block["kl"] == 0 and block["greedy_agreement"] == 1
     null, null_items = measure(model, "null", dense)
     assert null["perplexity"] == block["perplexity"] and null_items["nll"] == items["nll"]
     assert null["kl"] < 1e-5 and null["greedy_agreement"] == 1
     sparse, sparse_items = measure(model, "teal:allocation=uniform", dense)
-    assert sparse["kl"] > 1e-3 and sparse["kernel_difference"] < 1e-4
+    assert sparse["kl"] > 1e-3
     assert len(sparse_items["nll"]) == len(sparse_items["tokens"]) == 5 and sparse["tokens"] == 5 * 32
 
 
@@ -83,7 +83,11 @@ def test_kernel_check_sees_a_path_that_computes_something_else() -> None:
         honest = type(layer).forward
 
         def cheating(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-            return honest(self, x) * (1.05 if x.shape[1] == 1 else 1.0)
+            return honest(self, x) * (1.2 if x.shape[1] == 1 else 1.0)
 
         layer.forward = cheating.__get__(layer)
-        assert fidelity.kernel_check(model, handle, windows(1), 32) > 1e-4
+        assert fidelity.kernel_check(model, handle, windows(1), 32) > 1e-3
+        layer.forward = honest.__get__(layer)
+        assert fidelity.kernel_check(model, handle, windows(1), 32) < 1e-6
+    assert fidelity.kernel_tolerance(None) == fidelity.kernel_tolerance({"kl": 0.0}) == 0.01
+    assert fidelity.kernel_tolerance({"kl": 0.6}) == pytest.approx(0.3)

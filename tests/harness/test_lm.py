@@ -279,7 +279,7 @@ def test_an_artifact_folder_is_attached_in_place(tokenizer: PreTrainedTokenizerF
 def test_builtin_tasks_run_end_to_end(
     model: nn.Module, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("ACTIVATION_SPARSITY_CACHE", str(tmp_path))
     chosen = tuple(d for d in load_corpus("stdlib").evaluation if d.name in ("json/decoder.py", "glob.py"))
     corpus = Corpus("stdlib", (), (), chosen)
     long = build_model("llama", tokenizer)

@@ -198,3 +198,25 @@ def test_an_unwritable_folder_is_found_before_any_work(
     place.write_text("")
     assert cli.main(command(model, place / "out")) == 2
     assert "choose another --out" in capsys.readouterr().err
+
+
+def test_a_decode_step_that_computes_something_else_has_no_numbers(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stale or wrong results of the timed path must not reach the table."""
+    from sparse_kernels.layers import SparseLinear
+
+    honest = SparseLinear.forward
+
+    def stale(self: SparseLinear, x: Any) -> Any:
+        y = honest(self, x)
+        if self.phase.active is not True:
+            return y
+        self.cached = getattr(self, "cached", y)  # a cache that outlives its step
+        return self.cached if self.cached.shape == y.shape else y
+
+    monkeypatch.setattr(SparseLinear, "forward", stale)
+    assert cli.main(command(model, tmp_path, "--tasks", "none", "--density", "0.5")) == 1
+    found = by_method(tmp_path)
+    assert found["null None"]["status"] == "failed" and "nats per token" in found["null None"]["error"]
+    assert "latency" not in found["null None"] and found["lte 0.5"]["status"] == "ok"
