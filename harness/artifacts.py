@@ -75,28 +75,28 @@ def obtain(
     if method.training == "none":
         yield from (method.artifact(loaded.model, density, {}, {}) for density in densities)
         return
-    model = fingerprint(loaded.model)
-    folders = {density: _cached(model, method, density, corpus, seed) for density in densities}
-    found = {density: None if force else _existing(loaded, method, density, folders[density]) for density in densities}
+    found = {d: None if force else existing(loaded, method, d, corpus, seed) for d in densities}
     missing = [density for density in densities if found[density] is None]
     data = data_for(loaded, corpus, seed, cache_dir() / "training") if missing else None
     made = iter(()) if data is None else method.prepare(loaded.model, data, missing, progress)
     for density in densities:
-        place = found[density]
-        if place is None:
+        artifact = found[density]
+        if artifact is None:
             artifact = next(made)
             artifact.manifest.update(_origin(loaded))
-            artifact.save_pretrained(folders[density])
-            yield artifact
-        else:
-            yield Artifact.from_pretrained(place)
+            artifact.save_pretrained(_cached(loaded, method, density, corpus, seed))
+        yield artifact
 
 
-def _existing(loaded: LoadedModel, method: Method, density: float | None, folder: Path) -> Path | None:
-    return folder if (folder / CONFIG_FILE).is_file() else shipped(loaded, method, density)
+def existing(loaded: LoadedModel, method: Method, density: float | None, corpus: Corpus, seed: int) -> Artifact | None:
+    """The artifact that is cached or shipped, if any. Raises UsageError when it is damaged."""
+    folder = _cached(loaded, method, density, corpus, seed)
+    place = folder if (folder / CONFIG_FILE).is_file() else shipped(loaded, method, density)
+    return None if place is None else Artifact.from_pretrained(place)
 
 
-def _cached(model: str, method: Method, density: float | None, corpus: Corpus, seed: int) -> Path:
+def _cached(loaded: LoadedModel, method: Method, density: float | None, corpus: Corpus, seed: int) -> Path:
+    model = fingerprint(loaded.model)
     identity = json.dumps([model, method.name, asdict(method.options), density, corpus.hash, seed], sort_keys=True)
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     return cache_dir() / "artifacts" / f"{method.name}-{key}"

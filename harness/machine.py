@@ -73,8 +73,8 @@ def gpu_state(device: str = "cuda") -> dict[str, Any]:
     return state
 
 
-def line(machine: dict[str, Any], git: dict[str, Any] | None = None) -> str:
-    """One line for above a table."""
+def line(machine: dict[str, Any], record: dict[str, Any] | None = None) -> str:
+    """One line for above a table; with a record, also the code that measured it."""
     parts = []
     if gpu := machine.get("gpu"):
         clocks = f"{gpu['sm_clock']} of {gpu['max_sm_clock']} MHz" if gpu["sm_clock"] != UNAVAILABLE else UNAVAILABLE
@@ -91,10 +91,12 @@ def line(machine: dict[str, Any], git: dict[str, Any] | None = None) -> str:
     cpu = machine["cpu"]
     parts += [f"{cpu['model']}, {cpu['cores']} cores, {cpu['threads']} torch threads", machine["os"]]
     parts += [f"{name} {machine[name]}" for name in ("python", *LIBRARIES) if machine.get(name)]
-    if git:
-        parts.append(
-            f"git {(git.get('commit') or 'unknown')[:10]}{' (uncommitted changes)' if git.get('dirty') else ''}"
-        )
+    if record:
+        commit = (record.get("git") or {}).get("commit")
+        if commit:
+            parts.append(f"git {commit[:10]}{' (uncommitted changes)' if record['git'].get('dirty') else ''}")
+        else:
+            parts.append(f"source hash {record.get('source')}")
     return " · ".join(parts)
 
 

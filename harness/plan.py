@@ -229,7 +229,8 @@ def git_state() -> dict[str, Any]:
     if top is None or Path(top).resolve() != ROOT.resolve():
         return {"commit": None, "dirty": None}
     changes = git("status", "--porcelain", "--", "methods", "kernels", "harness", "pyproject.toml")
-    return {"commit": git("rev-parse", "HEAD"), "dirty": None if changes is None else bool(changes)}
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": None if commit is None or changes is None else bool(changes)}
 
 
 def numbers(text: str, flag: str, convert: Callable[[str, str], T]) -> list[T]:

@@ -193,7 +193,7 @@ def _section(found: Group) -> list[str]:
 
 def _machine(found: Group) -> str:
     newest = max((row.record for row in found.rows), key=lambda record: str(record["time"]))
-    return f"Machine: {machine.line(found.machine, newest.get('git'))}"
+    return f"Machine: {machine.line(found.machine, newest)}"
 
 
 def _warnings(found: Group) -> list[str]:
@@ -205,7 +205,7 @@ def _warnings(found: Group) -> list[str]:
         doubts.append("the GPU throttled its clocks")
     if any(isinstance(gpu.get("processes"), int) and gpu["processes"] for gpu in gpus):
         doubts.append("other processes used the GPU")
-    if any((r.get("git") or {}).get("dirty") for r in records):
+    if any((r.get("git") or {}).get("dirty") and r["git"].get("commit") for r in records):
         doubts.append("some rows come from a tree with uncommitted changes")
     if len({r.get("source") for r in records}) > 1:
         doubts.append("not all rows come from the same source code")

@@ -106,10 +106,13 @@ def _measure_cell(
         return {"status": "not-applicable", "error": cell.not_applicable}, session
     from .session import Session
 
+    if session is None:
+        session = Session(together, display)  # what is wrong with its files is found here, and ends the run
     try:
-        if session is None:
-            session = Session(together, display)
-        return {"status": "ok", "error": None, **session.measure(cell)}, session
+        result = session.measure(cell)
+        if result["artifact"]["manifest"].get("target_reached") is False:
+            display.say(f"  {cell.label}: the search ended before the target; the realised density is what counts")
+        return {"status": "ok", "error": None, **result}, session
     except UsageError as error:
         display.say(f"  {cell.label} failed: {error}")
         return {"status": "failed", "error": str(error)}, session

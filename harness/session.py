@@ -50,6 +50,7 @@ class Session:
         self.shape = cost.Shape.of(self.model)
         self.corpus: Corpus | None = None if self.synthetic else load_corpus(cell.corpus)
         self.windows, self.bytes_per_token = self._windows(cell)
+        self._check_artifacts()
         self.dense = fidelity.DenseReference()
         self.bandwidth = self._bandwidth()
         self._artifacts: dict[tuple[Any, ...], Artifact] = {}
@@ -67,6 +68,13 @@ class Session:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "architecture": self.loaded.config.model_type,
         }
+
+    def _check_artifacts(self) -> None:
+        """Reads what is prepared already: a damaged artifact ends the run now, not after an hour."""
+        for cell in self.cells:
+            if self.corpus is not None and not cell.not_applicable:
+                method = create(cell.method, cell.options)
+                artifacts.existing(self.loaded, method, cell.density, self.corpus, cell.seed)
 
     def artifact(self, cell: Cell) -> Artifact:
         """The cell's artifact. All densities of a method are prepared together, so that they can share work."""

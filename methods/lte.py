@@ -204,6 +204,7 @@ class _Trainer:
             "search": {f"{e:.4g}": round(d, 4) for e, d in sorted(self.density.items())},
             "lr": self.lr,
             "stage1_density": round(self.density[eta], 4),
+            "target_reached": abs(self.density[eta] - density) <= self.options.tolerance,
             "stage2_loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]],
             "stage2_density": round(student.density(self.data.calibration), 4),
             "tokens": self.tokens + self.options.stage2_steps * self.options.batch * self.windows.shape[1],

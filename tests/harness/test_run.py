@@ -220,3 +220,18 @@ def test_a_decode_step_that_computes_something_else_has_no_numbers(
     found = by_method(tmp_path)
     assert found["null None"]["status"] == "failed" and "nats per token" in found["null None"]["error"]
     assert "latency" not in found["null None"] and found["lte 0.5"]["status"] == "ok"
+
+
+def test_a_damaged_artifact_ends_the_run_before_it_measures(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("ACTIVATION_SPARSITY_CACHE", str(tmp_path / "cache"))
+    arguments = command(model, tmp_path / "out", "--tasks", "none", "--density", "0.5")
+    arguments[4] = "teal:allocation=uniform"
+    assert cli.main(arguments) == 0
+    (file,) = (tmp_path / "cache" / "artifacts").glob("teal-*/sparsity.safetensors")
+    file.write_bytes(file.read_bytes()[:-4])
+    before = store.load(tmp_path / "out")
+    assert cli.main([*arguments, "--force"]) == 2
+    assert "harness prepare --force" in capsys.readouterr().err
+    assert store.load(tmp_path / "out") == before
