@@ -215,7 +215,9 @@ def _draw(configuration: Any, device: str, dtype: torch.dtype, seed: int) -> Any
 
 def _read(spec: ModelSpec, configuration: Any, device: str, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # the run has its own
     options: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
     if configuration is not None:
         options["config"] = configuration

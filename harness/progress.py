@@ -23,6 +23,8 @@ class Display:
         self.weights, self.spent, self.seconds, self.number = weights, 0.0, 0.0, 0
         self.console = Console(stderr=True, highlight=False)
         self.live = self.console.is_terminal
+        if not self.live:
+            self.console = Console(stderr=True, highlight=False, width=200)  # logs need no wrapping
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

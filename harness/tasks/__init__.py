@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,8 @@ def check(names: Iterable[str]) -> None:
         if is_yaml(name):
             if not Path(name).is_file():
                 raise UsageError(f"no such task file '{name}': give the path of an lm-eval YAML file.")
+        elif get_close_matches(name.lower(), TASKS, n=1, cutoff=0.8):
+            raise unknown("task", name, TASKS)  # at once: lm-eval's index takes some ten seconds
         elif name not in (known := manager().all_tasks):
             raise unknown("task", name, [*TASKS, *known] if _near(name, known) else TASKS)
 
@@ -63,6 +66,4 @@ def manager(defaults: bool = True) -> Any:
 
 
 def _near(name: str, known: Iterable[str]) -> bool:
-    from difflib import get_close_matches
-
     return bool(get_close_matches(name.lower(), list(known), n=1, cutoff=0.5))

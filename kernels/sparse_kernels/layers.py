@@ -8,6 +8,7 @@ shared kernels and reads only what is active; it serves decode steps (few rows, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,7 +75,7 @@ class Meter:
             self.unions[key].append(keep.flatten(0, 1).any(0).sum().cpu())
 
 
-class SparseLayer(nn.Module):
+class SparseLayer(nn.Module, ABC):
     """What the harness needs to know of any layer that skips work.
 
     site: the name under which density is reported; units: how many units a selection chooses from;
@@ -88,18 +89,19 @@ class SparseLayer(nn.Module):
         self.count: Tensor | None = None
 
     @property
-    def units(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def units(self) -> int: ...
 
-    def linears(self) -> dict[str, nn.Linear]:
-        raise NotImplementedError
+    @abstractmethod
+    def linears(self) -> dict[str, nn.Linear]: ...
+
+    @abstractmethod
+    def materialize(self) -> None:
+        """Builds what the fast path reads (transposed weights); called once, before any capture."""
 
     @property
     def overhead(self) -> int:
         return 0
-
-    def materialize(self) -> None:
-        """Builds what the fast path reads (transposed weights); called once, before any capture."""
 
     def fast(self, x: Tensor) -> bool:
         """True where the kernels serve this call: a decode step on a GPU, all of it sparse, nobody counting."""
