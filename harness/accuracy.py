@@ -30,7 +30,9 @@ def evaluate(
     seed: int = 0,
     corpus: Corpus | None = None,
 ) -> tuple[Scores, Items]:
-    """({task: metric, value, n, chance, higher_is_better}, {task: score of each item}) of a model in memory.
+    """({task: metric, value, n, chance, higher_is_better, metrics}, {task: score of each item}) of a model in memory.
+
+    `value` is the metric that tables show and methods are paired on; `metrics` are all that lm-eval computed.
 
     Built-in tasks are zero-shot and made from the standard library, whatever `corpus` is; others are as lm-eval defines
     them. A group of tasks is one entry, the mean over all its items. Items are the first `limit` of each task, in a
@@ -70,7 +72,7 @@ def _evaluate(lm: Any, name: str, loaded: Any, limit: int | None) -> tuple[dict[
     chances = [score["chance"] for score, part in parts for _ in part]
     chance = None if None in chances else sum(chances) / len(chances)
     value = sum(answers) / len(answers)
-    return {**parts[0][0], "value": value, "n": len(answers), "chance": chance}, answers
+    return {**parts[0][0], "value": value, "n": len(answers), "chance": chance, "metrics": {}}, answers
 
 
 def _leaf(task: Any, results: dict[str, Any], samples: list[dict[str, Any]]) -> tuple[dict[str, Any], list[float]]:
@@ -84,8 +86,15 @@ def _leaf(task: Any, results: dict[str, Any], samples: list[dict[str, Any]]) -> 
         "n": len(kept),
         "chance": _chance(task, metric, kept),
         "higher_is_better": bool(task.higher_is_better()[metric]),
+        "metrics": {
+            m: float(results[f"{m},{kept[0]['filter']}"]) for m in kept[0]["metrics"] if _plain(results, m, kept)
+        },
     }
     return score, [] if None in answers else [a for a in answers if a is not None]
+
+
+def _plain(results: dict[str, Any], metric: str, kept: list[dict[str, Any]]) -> bool:
+    return isinstance(results.get(f"{metric},{kept[0]['filter']}"), int | float)
 
 
 def _item(value: Any) -> float | None:
