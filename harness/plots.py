@@ -87,7 +87,7 @@ def pareto(groups: Iterable[Group], path: Path) -> list[Path]:
             title = [part for text in (group.title, group.details) for part in wrap(text, 64 * columns)]
             line[0].set_title("\n".join(title), loc="left", fontsize=8.5)
         files = [path, path.with_suffix(".svg")]
-        figure.savefig(files[0], dpi=130, metadata={"Software": None})
+        figure.savefig(files[0], dpi=100, metadata={"Software": None})
         figure.savefig(files[1], metadata={"Date": None, "Creator": None})
         plt.close(figure)
     return files
