@@ -149,19 +149,11 @@ class Lte(Method):
                 attachment.set_parameter(name, value)
         activation = activation_of(attachment.model.config)
         for block in blocks(attachment.model):
-            linears = block.linears
-            layer = ExpertFFN(
-                linears.get("gate"),
-                linears["up"],
-                linears["down"],
-                activation,
-                tensors[f"router.{block.index}"],
-                tensors.get(f"threshold.{block.index}", torch.zeros(1)),
-                block.index,
-                attachment.phase,
-                attachment.meter,
-            )
-            place_ffn(block, layer, attachment.replace)
+            router = tensors[f"router.{block.index}"]
+            threshold = tensors.get(f"threshold.{block.index}", torch.zeros(1))
+            matrices = (block.linears.get(name) for name in ("gate", "up", "down"))
+            shared = (block.index, attachment.phase, attachment.meter)
+            place_ffn(block, ExpertFFN(*matrices, activation, router, threshold, *shared), attachment.replace)
 
 
 class _Trainer:
@@ -190,7 +182,11 @@ class _Trainer:
 
     def reach(self, density: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The artifact's tensors and manifest for one target density."""
-        eta = self.options.eta or self._search(density)
+        from .shared.search import search
+
+        eta = self.options.eta or search(
+            density, self.density, self._stage1, self.options.tolerance, self.options.trials
+        )
         if eta not in self.density:
             self._stage1(eta)
         start = perf_counter()
@@ -212,31 +208,6 @@ class _Trainer:
             "device": next(self.model.parameters()).device.type,
         }
         return student.tensors(self.model, self.permutations), manifest
-
-    def _search(self, density: float) -> float:
-        """An eta whose stage-1 density is within tolerance of the target: secant steps in log eta."""
-        import math
-
-        for _ in range(self.options.trials):
-            known = sorted(self.density.items())
-            above = [(e, d) for e, d in known if d >= density]  # a larger eta gives a smaller density
-            below = [(e, d) for e, d in known if d < density]
-            if known:
-                nearest = min(known, key=lambda item: abs(item[1] - density))
-                if abs(nearest[1] - density) <= self.options.tolerance:
-                    return nearest[0]
-            if above and below:
-                (e0, d0), (e1, d1) = max(above), min(below)
-                share = min(max((d0 - density) / max(d0 - d1, 1e-6), 0.1), 0.9)
-                eta = math.exp(math.log(e0) + share * (math.log(e1) - math.log(e0)))
-            elif above:
-                eta = 2.5 * max(above)[0]
-            elif below:
-                eta = 0.4 * min(below)[0]
-            else:
-                eta = 1.0
-            self._stage1(eta)
-        return min(self.density, key=lambda e: abs(self.density[e] - density))
 
     def _stage1(self, eta: float) -> None:
         start = perf_counter()

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from methods import sparsify
-from methods.base import Data
 from methods.lte import LteOptions, _Student, penalties
 from methods.registry import parse
 from methods.shared.clustering import _stable, balanced_kmeans, expert_permutation
 from methods.shared.experts import dequantise, quantise
+from methods.shared.search import search
 from methods.shared.training import train
 from sparse_kernels.layers import ExpertFFN, Meter, Phase
 from tests.methods.models import MODELS, data, llama, windows
@@ -210,18 +210,22 @@ def test_interrupted_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert run(llama(), 0) == losses  # a finished stage is read back, not trained again
 
 
-def test_the_search_stops_within_tolerance(monkeypatch: pytest.MonkeyPatch) -> None:
-    from methods import lte
+def test_the_search_stops_within_tolerance_and_shares_trials() -> None:
+    known: dict[float, float] = {}
 
-    class Curve(lte._Trainer):
-        def _stage1(self, eta: float) -> None:
-            self.density[eta] = 1 / (1 + eta)
+    def trial(strength: float) -> None:
+        known[strength] = 1 / (1 + strength)
 
-    d = Data(windows(4), lambda n: windows(n), {"name": "r", "hash": "0"})
-    trainer = Curve(LteOptions(trials=12, tolerance=0.01), llama(), d, lambda *a: None)
     for target in (0.9, 0.5, 0.2, 0.05):
-        assert abs(trainer.density[trainer._search(target)] - target) <= 0.01
-    assert len(trainer.density) < 30
+        assert abs(known[search(target, known, trial, 0.01, 12)] - target) <= 0.01
+    before = len(known)
+    assert search(0.5, known, trial, 0.01, 12) in known and len(known) == before < 30
+
+
+def test_the_search_returns_the_nearest_when_the_target_is_out_of_reach() -> None:
+    known: dict[float, float] = {}
+    found = search(0.9, known, lambda s: known.__setitem__(s, 0.5 + 0.001 / s), 0.01, 4)
+    assert len(known) == 4 and known[found] == max(known.values())
 
 
 def test_a_width_that_experts_do_not_divide_is_explained() -> None:
