@@ -151,9 +151,9 @@ class Lte(Method):
         for block in blocks(attachment.model):
             router = tensors[f"router.{block.index}"]
             threshold = tensors.get(f"threshold.{block.index}", torch.zeros(1))
-            matrices = (block.linears.get(name) for name in ("gate", "up", "down"))
-            shared = (block.index, attachment.phase, attachment.meter)
-            place_ffn(block, ExpertFFN(*matrices, activation, router, threshold, *shared), attachment.replace)
+            gate, up, down = block.linears.get("gate"), block.linears["up"], block.linears["down"]
+            shared = block.index, attachment.phase, attachment.meter
+            place_ffn(block, ExpertFFN(gate, up, down, activation, router, threshold, *shared), attachment.replace)
 
 
 class _Trainer:
