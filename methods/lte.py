@@ -42,11 +42,11 @@ class LteOptions:
     eta: float = 0.0
     lambda_sep: float = 0.5
     sep_eps: float = 0.25
-    stage1_steps: int = 300
+    stage1_steps: int = 150
     stage2_steps: int = 300
     batch: int = 8
     lr: float = 0.0
-    tolerance: float = 0.02
+    tolerance: float = 0.03
     trials: int = 5
     dense_prefix: bool = True
 
@@ -56,7 +56,7 @@ class LteOptions:
         if self.eta < 0 or self.lambda_sep < 0 or self.sep_eps <= 0:
             raise UsageError("lte needs eta >= 0, lambda_sep >= 0 and sep_eps > 0: try lte:sep_eps=0.01.")
         if self.stage1_steps < 1 or self.stage2_steps < 0:
-            raise UsageError("lte needs stage1_steps >= 1 and stage2_steps >= 0: try lte:stage1_steps=300.")
+            raise UsageError("lte needs stage1_steps >= 1 and stage2_steps >= 0: try lte:stage1_steps=150.")
 
 
 class Lte(Method):
@@ -189,9 +189,8 @@ class _Trainer:
         )
         if eta not in self.density:
             self._stage1(eta)
-        start = perf_counter()
+        start, label = perf_counter(), f"lte stage 2 at density {density:.2f}"
         student = self._student(self.trained[eta])
-        label = f"lte stage 2 at density {density:.2f}"
         losses = student.train_hard(self.options.stage2_steps, label, self._file(eta, 2))
         manifest = {
             "corpus": self.data.corpus,
