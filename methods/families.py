@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
@@ -22,6 +22,7 @@ class Layout:
     linears: dict[str, str]
     ffn: tuple[str, ...]
     activation: str  # the config attribute that names the activation
+    norms: tuple[str, str] | None = None  # before attention and before the FFN, where these are a block's only norms
     decode_mask: bool = False  # a decode step needs an explicit attention mask to stay free of host reads
 
 
@@ -38,7 +39,11 @@ GATED = Layout(
     },
     ffn=("mlp",),
     activation="hidden_act",
+    norms=("input_layernorm", "post_attention_layernorm"),
 )
+
+# Gemma's norms multiply by 1 + weight, and some of its blocks have four.
+GEMMA = replace(GATED, norms=None)
 
 OPT = Layout(
     layers="model.decoder.layers",
@@ -52,6 +57,7 @@ OPT = Layout(
     },
     ffn=("fc1", "activation_fn", "fc2"),
     activation="activation_function",
+    norms=("self_attn_layer_norm", "final_layer_norm"),
     decode_mask=True,
 )
 
@@ -60,9 +66,9 @@ LAYOUTS: dict[str, Layout] = {
     "mistral": GATED,
     "qwen2": GATED,
     "qwen3": GATED,
-    "gemma": GATED,
-    "gemma2": GATED,
-    "gemma3_text": GATED,
+    "gemma": GEMMA,
+    "gemma2": GEMMA,
+    "gemma3_text": GEMMA,
     "opt": OPT,
 }
 
@@ -116,3 +122,19 @@ def blocks(model: PreTrainedModel) -> Iterator[Block]:
     for index, module in enumerate(model.get_submodule(layout.layers).children()):
         linears: Any = {name: module.get_submodule(path) for name, path in layout.linears.items()}
         yield Block(index, f"{layout.layers}.{index}", module, linears, layout)
+
+
+def why_no_experts(method: str, config: Any, size: int) -> str | None:
+    """One sentence when an FFN of this config cannot be split into experts of `size` neurons, else None."""
+    try:
+        activation_of(config)
+    except UsageError as error:
+        return str(error)
+    width = getattr(config, "intermediate_size", None) or config.ffn_dim
+    if width % size == 0:
+        return None
+    fits = max(s for s in range(1, size + 1) if width % s == 0)
+    return (
+        f"{method} groups FFN neurons into experts of {size}, which does not divide this model's {width}: "
+        f"choose --methods {method}:expert_size={fits}."
+    )

@@ -4,9 +4,51 @@ Each operator is a folder: `naive.py` is its definition in a few lines of torch,
 `op.py` the checked, registered operator. CUDA tensors run the kernels; CPU tensors run the definitions.
 """
 
+from sparse_kernels.activations import ACTIVATIONS
+from sparse_kernels.attention.op import attention_decode, rope_cache_write
 from sparse_kernels.bandwidth import read_bandwidth
-from sparse_kernels.expert_ffn.op import ACTIVATIONS, expert_ffn, expert_hidden
-from sparse_kernels.input_linear.op import input_linear
-from sparse_kernels.selection.op import compact
+from sparse_kernels.expert_ffn.op import expert_ffn, expert_ffn_prefill, expert_hidden
+from sparse_kernels.glue.op import glu, residual_norm
+from sparse_kernels.input_linear.op import input_linear, row_stats, threshold_linear
+from sparse_kernels.neuron_ffn.op import gate_first_ffn, neuron_ffn
+from sparse_kernels.selection.op import (
+    compact,
+    gaussian_multiplier,
+    linear_router,
+    low_rank_predictor,
+    router_scores,
+    statistical_top_k,
+    to_index,
+    to_mask,
+    top_k,
+    union,
+    union_lists,
+)
 
-__all__ = ["ACTIVATIONS", "compact", "expert_ffn", "expert_hidden", "input_linear", "read_bandwidth"]
+__all__ = [
+    "ACTIVATIONS",
+    "attention_decode",
+    "compact",
+    "expert_ffn",
+    "expert_ffn_prefill",
+    "expert_hidden",
+    "gate_first_ffn",
+    "gaussian_multiplier",
+    "glu",
+    "input_linear",
+    "linear_router",
+    "low_rank_predictor",
+    "neuron_ffn",
+    "read_bandwidth",
+    "residual_norm",
+    "rope_cache_write",
+    "router_scores",
+    "row_stats",
+    "statistical_top_k",
+    "threshold_linear",
+    "to_index",
+    "to_mask",
+    "top_k",
+    "union",
+    "union_lists",
+]

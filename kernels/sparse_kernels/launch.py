@@ -3,11 +3,14 @@
 import os
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 MAX_BATCH = 64
+MAX_SEMAPHORES = 4096
+MAX_CHANNELS = 65536
+T = TypeVar("T")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -26,23 +29,6 @@ class Launch:
     warps: int
     stages: int
     programs: int
-
-
-# Keyed by the batch padded to what the matrix units take (see `padded_batch`); sized for an H200, where about 25 KB
-# must be in flight on each multiprocessor to reach its read bandwidth.
-INPUT_LINEAR = {
-    1: Launch(rows=8, columns=512, warps=4, stages=4, programs=4),
-    16: Launch(rows=32, columns=128, warps=4, stages=6, programs=3),
-    32: Launch(rows=32, columns=128, warps=4, stages=6, programs=3),
-    64: Launch(rows=32, columns=128, warps=4, stages=3, programs=2),
-}
-EXPERT_HIDDEN = {
-    1: Launch(rows=4, columns=1024, warps=4, stages=2, programs=4),
-    16: Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
-    32: Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
-    64: Launch(rows=32, columns=128, warps=4, stages=3, programs=2),
-}
-MAX_SPLITS = 64
 
 
 def padded_batch(batch: int) -> int:
@@ -67,13 +53,53 @@ def use_triton(x: torch.Tensor) -> bool:
 @cache
 def multiprocessors(device: torch.device) -> int:
     # A handful stands for a GPU in the interpreter, which runs programs one after another.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    if device.type != "cuda":
+        return 4
+    # Without a GPU only fake tensors ask.
+    return torch.cuda.get_device_properties(device).multi_processor_count if torch.cuda.is_available() else 132
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """Compute capability as one number, 90 for Hopper; a CPU stands for Hopper."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def pick(tables: dict[int, T], device: torch.device) -> T:
+    """The launch table of this architecture, else of the newest one before it, else the oldest."""
+    known = [a for a in sorted(tables) if a <= architecture(device)]
+    return tables[known[-1] if known else min(tables)]
+
+
+@cache
+def semaphores(device: torch.device) -> torch.Tensor:
+    """Int32 zeros for `last_to_arrive`, shared by all kernels of a device since each launch leaves them at zero.
+
+    So the kernels of one device must run in one stream at a time. Raises ValueError while a graph is being captured,
+    whose zeros would not exist outside it.
+    """
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    require(not capturing, "Run the step once before capturing it: the kernels' semaphores do not exist yet.")
+    return torch.zeros(MAX_SEMAPHORES, dtype=torch.int32, device=device)
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """Launch a Triton kernel on the device of its first argument, without waiting for it."""
-    if args[0].is_cuda:
-        with torch.cuda.device(args[0].device):
+    """Launch a Triton kernel on the device of its first argument, without waiting for it.
+
+    A kernel with a parameter PDL lets the next one start early, where the GPU can; it starts early itself unless
+    pdl=False is among the options.
+    """
+    device = args[0].device
+    early = options.pop("pdl", True)
+    if "PDL" in kernel.arg_names:
+        options["PDL"] = device.type == "cuda" and architecture(device) >= 90
+        if options["PDL"] and early:
+            options["launch_pdl"] = True
+    if device.type == "cuda":
+        with torch.cuda.device(device):
             kernel[grid](*args, **options)
     else:
         kernel[grid](*args, **options)

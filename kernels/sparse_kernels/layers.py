@@ -10,24 +10,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from . import compact, expert_hidden, input_linear
+from . import ACTIVATIONS, compact, expert_hidden, input_linear, neuron_ffn
+from .selectors import Selector
 
 FAST_ROWS = 64  # what the kernels take; a decode step of this many sequences is theirs, a prompt is not
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-}
 
 
 class Phase:
@@ -160,14 +152,15 @@ class SparseLinear(SparseLayer):
 
 
 class ExpertFFN(SparseLayer):
-    """FFN over blocks of contiguous neurons (experts), each computed where its router score exceeds a threshold.
+    """FFN over experts of `size` contiguous neurons, each computed where the selector says so, with no scaling.
 
-    Source: LTE (arXiv 2402.06126), eq. 2: FFN(x) = sum over i of 1[score_i > threshold] E_i(x), no scaling by the
-    score. router: [experts, d]; scores are its logits, so the paper's sigmoid(z) > 0.5 is z > 0.
-    x: [..., d]; gate is None for an ungated FFN; `down.bias` is added once, whatever is active.
+    Source: LTE (arXiv 2402.06126), eq. 2: FFN(x) = sum over the selected i of E_i(x). x: [..., d]; gate is None for an
+    ungated FFN; `down.bias` is added once, whatever is active. selector: None for a dense FFN. mean: [neurons], the
+    value of a neuron that is not computed, instead of 0 (G-MoEfication). Raises ValueError where sizes do not fit.
     """
 
-    threshold: Tensor
+    mean: Tensor | None
+    shift: Tensor | None
     down_t: Tensor
 
     def __init__(
@@ -176,35 +169,53 @@ class ExpertFFN(SparseLayer):
         up: nn.Linear,
         down: nn.Linear,
         activation: str,
-        router: Tensor,
-        threshold: Tensor,
+        size: int,
+        selector: Selector | None,
         layer: int,
         phase: Phase,
         meter: Meter,
+        mean: Tensor | None = None,
     ) -> None:
         super().__init__("ffn", layer, phase, meter)
-        if up.out_features % router.shape[0]:
-            raise ValueError(f"{router.shape[0]} experts do not divide {up.out_features} neurons")
-        self.gate, self.up, self.down, self.activation = gate, up, down, activation
-        self.router = nn.Parameter(router.to(up.weight), requires_grad=False)
-        self.register_buffer("threshold", threshold.detach().float().reshape(1).to(up.weight.device))
+        if up.out_features % size or (selector is not None and selector.units * size != up.out_features):
+            raise ValueError(f"experts of {size} do not divide {up.out_features} neurons as the selector has it")
+        self.gate, self.up, self.down, self.activation, self.size = gate, up, down, activation, size
+        self.register_buffer("mean", None if mean is None else mean.to(up.weight))
+        # W (h - mean) over the selected neurons + W mean: the second term is constant.
+        shift = None if mean is None else (down.weight.detach().float() @ mean.to(down.weight).float()).to(down.weight)
+        self.register_buffer("shift", shift)
         self.down_t = torch.empty(0)
+        self.set_selector(selector)
+
+    def set_selector(self, selector: Selector | None) -> None:
+        """Weights take the dtype of the FFN's, thresholds stay float32."""
+        self.selector = selector
+        if selector is not None:
+            selector.to(self.up.weight.device)
+            for parameter in selector.parameters():
+                parameter.data = parameter.data.to(self.up.weight.dtype)
 
     @property
     def units(self) -> int:
-        return self.router.shape[0]
+        return self.up.out_features // self.size
 
     def linears(self) -> dict[str, nn.Linear]:
+        if self.selector is not None and not self.selector.fast:
+            return {"down": self.down}  # an oracle computes the whole hidden layer first
         found = {"gate": self.gate, "up": self.up, "down": self.down}
         return {name: linear for name, linear in found.items() if linear is not None}
 
     @property
     def overhead(self) -> int:
-        return self.router.numel()
+        extra = 0 if self.mean is None else self.mean.numel()
+        return extra + (0 if self.selector is None else self.selector.overhead)
 
     def materialize(self) -> None:
         if not self.down_t.numel():
             self.down_t = self.down.weight.detach().t().contiguous()
+
+    def fast(self, x: Tensor) -> bool:
+        return self.selector is not None and self.selector.fast and super().fast(x)
 
     def hidden(self, x: Tensor) -> Tensor:
         """All neurons, grouped by expert: [..., experts, neurons per expert]."""
@@ -213,29 +224,27 @@ class ExpertFFN(SparseLayer):
         return h.unflatten(-1, (self.units, -1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.phase.active is False:
+        if self.selector is None or self.phase.active is False:
             return self.down(self.hidden(x).flatten(-2))
-        score = F.linear(x, self.router).float()
         if self.fast(x):
-            self.materialize()
-            rows = x.reshape(-1, x.shape[-1])
-            gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
-            score = score.reshape(rows.shape[0], -1)
-            index, self.count = compact(score, self.threshold, False)
-            h = expert_hidden(
-                rows,
-                gate,
-                self.up.weight,
-                gate_bias,
-                self.up.bias,
-                score,
-                self.threshold,
-                index,
-                self.count,
-                self.activation,
-            )
-            group = self.up.out_features // self.units
-            y = input_linear(h, self.down_t, index, self.count, None, self.down.bias, group)
-            return y.view(*x.shape[:-1], -1)
-        keep = self.mask(score > self.threshold)
-        return self.down((self.hidden(x) * keep.unsqueeze(-1)).flatten(-2))
+            return self._skip(x.reshape(-1, x.shape[-1]), self.selector).view(*x.shape[:-1], -1)
+        h = self.hidden(x)
+        keep = self.mask(self.selector(x, h)).unsqueeze(-1)
+        if self.mean is None:
+            return self.down((h * keep).flatten(-2))
+        y = self.down(((h - self.mean.view(self.units, -1)) * keep).flatten(-2))
+        return y if self.shift is None else y + self.shift
+
+    def _skip(self, rows: Tensor, selector: Selector) -> Tensor:
+        """rows [B, d]; reads the experts that any of them needs."""
+        self.materialize()
+        score, threshold, index, self.count = selector.select(rows)
+        gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
+        up, up_bias, bias, act = self.up.weight, self.up.bias, self.down.bias, self.activation
+        if len(rows) == 1 and self.mean is None:
+            return neuron_ffn(rows, gate, up, self.down_t, index, self.count, act, gate_bias, up_bias, bias, self.size)
+        h = expert_hidden(rows, gate, up, gate_bias, up_bias, score, threshold, index, self.count, act)
+        if self.mean is not None:
+            h = torch.where((score > threshold).repeat_interleave(self.size, 1), h - self.mean, 0)
+        y = input_linear(h, self.down_t, index, self.count, None, bias, self.size)
+        return y if self.shift is None else y + self.shift

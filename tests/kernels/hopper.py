@@ -14,11 +14,14 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from sparse_kernels import ACTIVATIONS, bandwidth
+from sparse_kernels.attention import kernel as attention
 from sparse_kernels.expert_ffn import kernel as expert_ffn
+from sparse_kernels.glue import kernel as glue
 from sparse_kernels.input_linear import kernel as input_linear
+from sparse_kernels.neuron_ffn import kernel as neuron_ffn
 from sparse_kernels.selection import kernel as selection
 
-MODULES = (selection, input_linear, expert_ffn, bandwidth)
+MODULES = (attention, selection, glue, input_linear, expert_ffn, neuron_ffn, bandwidth)
 
 
 class Driver:
@@ -51,6 +54,8 @@ def stack_bytes(cubin: bytes) -> int:
 
 
 def compile_only(kernel, grid, *args, **options):
+    if "PDL" in kernel.arg_names:
+        options |= dict(PDL=True, launch_pdl=True)
     compiled = kernel.warmup(*args, grid=grid, **options)
     ptx = compiled.asm["ptx"]
     record = {
@@ -60,6 +65,7 @@ def compile_only(kernel, grid, *args, **options):
         "target": re.search(r"\.target (\w+)", ptx).group(1),
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx))
         + len(re.findall(r"cp\.async\.\S+ \[.*?\], \[.*?\], 0x10", ptx)),
+        "half_fma": bool(re.search(r"fma\.rn\.b?f16", ptx)),
         "matrix": bool(re.search(r"mma\.sync|wgmma\.mma_async", ptx)),
         "stack": stack_bytes(compiled.asm["cubin"]),
         "shared": compiled.metadata.shared,
@@ -82,12 +88,94 @@ def main() -> None:
             index, count = selection.compact(x, one, True)
             input_linear.input_linear(x, up.view(4096, 11008), index, count, one, None, 1)
             blocks = selection.compact(score, one, False)
-            h = expert_ffn.expert_hidden(x, up, up, None, None, score, one, *blocks, "silu")
+            h = neuron_ffn.neuron_hidden(
+                x, up, up, None, None, *blocks, "silu", 32, score=score, threshold=one
+            )  # fmt: skip
             input_linear.input_linear(h, up, *blocks, None, torch.empty(4096, dtype=dtype), 32)
     bias = torch.empty(11008, dtype=up.dtype)
     for activation in ACTIVATIONS:
-        expert_ffn.expert_hidden(x[:1], None, up, None, bias, score[:1], one, *blocks, activation)
+        neuron_ffn.neuron_hidden(x[:1], None, up, None, bias, *blocks, activation, 32)
     input_linear.input_linear(x[:1].float(), up.view(4096, 11008).float(), index, count, torch.empty(4096), None, 1)
+    compile_selection(one)
+    compile_glue()
+    compile_ffn(one)
+    compile_attention()
+
+
+def compile_selection(one: torch.Tensor) -> None:
+    mask = torch.empty(4, 11008, dtype=torch.bool)
+    index, count = selection.to_index(mask)
+    selection.to_mask(index, count, 11008)
+    selection.union(mask)
+    selection.union_lists(index, count, 11008)
+    for dtype in (torch.bfloat16, torch.float16):
+        for channels in (32, 344, 11008, 65536):
+            score = torch.empty(1, channels, dtype=dtype)
+            for values in (score, score.float()):
+                selection.top_k(values, channels // 4)
+        for batch in (1, 4, 64):
+            x, weight = torch.empty(batch, 4096, dtype=dtype), torch.empty(11008, 4096, dtype=dtype)
+            selection.statistical_top_k(torch.empty(batch, 11008, dtype=dtype), 1.0, True)
+            score = selection.scores(x, weight[:344], weight[:344, 0].contiguous(), "abs", False, False)
+            selection.compact(score, one, False)
+            selection.near_best(score, one)
+            selection.scores(x, weight[:1024], None, "tanh", True, True)
+            selection.scores(x[:, :1024], weight[:, :1024], None, "identity", False, False)
+
+
+def compile_glue() -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        for batch in (1, 4, 64):
+            x, weight = torch.empty(batch, 16384, dtype=dtype), torch.empty(16384, dtype=dtype)
+            for width in (4096, 16384):
+                row = x[:, :width]
+                glue.residual_norm(row, row, weight[:width], None, 1e-5, "rms")
+            parts = torch.empty(8, batch, 4096)
+            glue.residual_norm(parts, row[:, :4096], weight[:4096], weight[:4096], 1e-5, "layer")
+            glue.glu(x[:, :11008], x[:, :11008], "silu")
+            glue.glu(x[:, :11008], None, "relu")
+
+
+def compile_ffn(one: torch.Tensor) -> None:
+    for dtype in (torch.bfloat16, torch.float16):
+        x, gate, up, down_t = torch.empty(256, 4096, dtype=dtype), *torch.empty(11008, 3, 4096, dtype=dtype).unbind(1)
+        index, bias = torch.empty(11008, dtype=torch.int32), torch.empty(11008, dtype=dtype)
+        for listed in ((index, index[:1]), (None, None)):
+            neuron_ffn.neuron_ffn(x[:1], gate, up, down_t, *listed, "silu", None, None, None, 1, False)
+            neuron_ffn.neuron_ffn(x[:1], None, up, down_t, *listed, "relu", None, bias, x[0], 1, False)
+        neuron_ffn.gate_first_ffn(x[:1], gate, up, down_t, one, "silu", None, None, None)
+        neuron_ffn.gate_first_ffn(x[:1], None, up, down_t, one, "relu", None, bias, x[0])
+        value = torch.empty(4, 11008)
+        neuron_ffn.neuron_hidden(
+            x[:4], None, up, None, None, index, index[:1], "relu", value=value, threshold=one
+        )  # fmt: skip
+        expert_ffn.expert_ffn_prefill(x, gate, up, down_t, None, None, None, torch.empty(256, 344), one, "silu")
+
+
+def compile_attention() -> None:
+    """Caches of real sizes on the device that needs no memory."""
+
+    def decode(batch, heads, groups, positions, dim, dtype, kept=None, window=0, softcap=0.0):
+        query = torch.empty(batch, heads, dim, dtype=dtype)
+        cache = torch.empty(batch, groups, positions, dim, dtype=dtype, device="meta")
+        length = torch.empty(batch, dtype=torch.int32)
+        listed = (None, None) if kept is None else (torch.empty(batch, kept, dtype=torch.int32), length)
+        attention.attention_decode(query, cache, cache, length, *listed, dim**-0.5, window, softcap)
+
+    for dtype in (torch.bfloat16, torch.float16):
+        decode(1, 32, 32, 4096, 128, dtype, 16)
+        decode(64, 32, 32, 3968, 128, dtype)
+        decode(16, 32, 8, 2048, 128, dtype, 4)
+        decode(64, 32, 8, 8192, 128, dtype)
+    decode(1, 8, 4, 4096, 256, torch.bfloat16, window=1024, softcap=50.0)
+    decode(1, 32, 32, 4096, 80, torch.bfloat16)
+    decode(1, 32, 32, 4096, 128, torch.float32)
+    decode(1, 32, 8, 4096, 128, torch.float32)
+    decode(1, 32, 8, 32768, 128, torch.bfloat16, 4)
+    qkv, cache = torch.empty(1, 48, 128, dtype=torch.bfloat16), torch.empty(1, 8, 4096, 128, dtype=torch.bfloat16)
+    table, place = torch.empty(1, 128, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int64)
+    for tables, norm in (((table, table), table[0]), ((None, None), None)):
+        attention.rope_cache_write(*qkv.split([32, 8, 8], 1), *tables, place, cache, cache, norm, norm, 1e-6)
 
 
 if __name__ == "__main__":

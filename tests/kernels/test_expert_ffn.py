@@ -2,9 +2,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import close, double
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_kernels import ACTIVATIONS, compact, expert_ffn, expert_hidden, input_linear
-from sparse_kernels.expert_ffn import naive
+from sparse_kernels import ACTIVATIONS, compact, expert_ffn, expert_ffn_prefill, expert_hidden, input_linear
+from sparse_kernels.expert_ffn import cost, naive
 
 WIDTH = 72
 
@@ -106,6 +108,107 @@ def test_expert_ffn_twice_is_the_same_to_the_bit(device):
     down_t = torch.randn(128, 50, device=device)
     arguments = (x, gate, up.nan_to_num(0), down_t, None, None, None, score, threshold, "silu")
     assert torch.equal(expert_ffn(*arguments), expert_ffn(*arguments))
+
+
+def prefill(tokens, blocks, block, device, density=0.3, gated=True, biased=True, dtype=torch.float32, out=50):
+    """Arguments of `expert_ffn_prefill`; the weights of blocks that no token selects are NaN."""
+    x, gate, up, gate_bias, up_bias, score, threshold = make(tokens, blocks, block, gated, biased, device, dtype)
+    score.copy_(density - torch.rand(tokens, blocks, device=device))
+    score[:, blocks // 2] = -1.0  # in any case one block for nobody
+    unread = (score <= 0).all(0).repeat_interleave(block)
+    down_t = (torch.randn(blocks * block, out, device=device) / 8).to(dtype)
+    for tensor in (gate, up, gate_bias, up_bias, down_t):
+        if tensor is not None:
+            tensor[unread] = float("nan")
+            tensor[~unread] = tensor[~unread].nan_to_num(0.5)
+    down_bias = torch.randn(out, device=device).to(dtype) if biased else None
+    return x, gate, up, down_t, gate_bias, up_bias, down_bias, score, threshold
+
+
+def matches(y, arguments, activation, tolerance=1e-5):
+    expected = naive.expert_ffn(*double(*arguments[:7]), *arguments[7:], activation)
+    return bool(((y.double() - expected).abs() <= tolerance * (expected.abs() + expected.abs().mean())).all())
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 133, 300])
+@pytest.mark.parametrize("blocks, block", [(5, 32), (3, 7), (2, 100)])
+def test_expert_ffn_prefill_shapes(device, tokens, blocks, block):
+    arguments = prefill(tokens, blocks, block, device)
+    assert matches(expert_ffn_prefill(*arguments, "silu"), arguments, "silu")
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gated", [True, False])
+def test_expert_ffn_prefill_activations(device, activation, gated):
+    arguments = prefill(63, 4, 16, device, gated=gated, biased=not gated)
+    assert matches(expert_ffn_prefill(*arguments, activation), arguments, activation)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.01, 1.0])
+def test_expert_ffn_prefill_empty_few_and_full(device, density):
+    arguments = prefill(140, 6, 16, device, density)
+    assert matches(expert_ffn_prefill(*arguments, "silu"), arguments, "silu")
+
+
+def test_expert_ffn_prefill_more_experts_than_a_step_takes(device):
+    arguments = prefill(20, 150, 4, device, 0.1)
+    assert matches(expert_ffn_prefill(*arguments, "silu"), arguments, "silu")
+
+
+def test_expert_ffn_prefill_half_precision(device):
+    arguments = prefill(70, 4, 32, device, dtype=torch.float16, out=133)
+    y = expert_ffn_prefill(*arguments, "gelu")
+    assert y.dtype == torch.float16 and matches(y, arguments, "gelu", 2e-3)
+
+
+def test_expert_ffn_prefill_twice_is_the_same_to_the_bit(device):
+    arguments = prefill(150, 4, 32, device)
+    assert torch.equal(expert_ffn_prefill(*arguments, "silu"), expert_ffn_prefill(*arguments, "silu"))
+
+
+def test_expert_ffn_prefill_is_expert_ffn(device):
+    arguments = prefill(7, 4, 32, device)
+    few, many = expert_ffn(*arguments, "silu"), expert_ffn_prefill(*arguments, "silu")
+    assert torch.allclose(few, many, rtol=1e-4, atol=1e-5)
+
+
+def test_expert_ffn_prefill_is_well_formed():
+    arguments = tuple(None if t is None else t.nan_to_num(0.5) for t in prefill(7, 4, 8, "cpu"))
+    opcheck(torch.ops.sparse_kernels.expert_ffn_prefill, (*arguments, "silu"))
+    compiled = torch.compile(expert_ffn_prefill, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*arguments, "silu"), expert_ffn_prefill(*arguments, "silu"))
+    with FlopCounterMode(display=False) as counter:
+        expert_ffn_prefill(*arguments, "silu")
+        expert_ffn(*arguments, "silu")
+        expert_ffn(arguments[0][:1], *arguments[1:7], arguments[7][:1], arguments[8], "silu")
+    assert counter.get_total_flops() == 2 * cost.expert_flops(7, WIDTH, 50, 32) + cost.expert_flops(1, WIDTH, 50, 32)
+
+
+def test_costs_are_those_of_the_union():
+    assert cost.expert_bytes(1, 64, 64, 96, density=0.5) == 2 * (3 * 64 * 48 + 64)
+    assert cost.expert_bytes(2, 64, 64, 96, density=0.5) == 2 * (3 * 64 * 72 + 2 * 64)
+    assert cost.expert_flops(2, 64, 64, 96, density=0.5) == 2 * 2 * 3 * 64 * 48
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.randn(0, 8)), r"x must have shape \[tokens, channels\]"),
+        (dict(x=torch.randn(3, 8).long()), "x must be float32"),
+        (dict(x=torch.randn(8, 3).t()), "x must have contiguous rows"),
+        (dict(score=torch.zeros(2, 4)), r"score must have shape \[3, 4\]"),
+        (dict(score=torch.zeros(3, 5)), "must divide the 16 neurons"),
+        (dict(threshold=torch.zeros(4)), r"threshold must be a contiguous \[1\]"),
+        (dict(down_t=torch.randn(15, 8)), r"down_t must have shape \[16, 8\]"),
+        (dict(activation="tanh"), "activation must be one of"),
+    ],
+)
+def test_expert_ffn_prefill_outside_its_domain(change, message):
+    arguments = dict(x=torch.randn(3, 8), gate=torch.randn(16, 8), up=torch.randn(16, 8), down_t=torch.randn(16, 8))
+    arguments |= dict(gate_bias=None, up_bias=None, down_bias=None, activation="silu")
+    arguments |= dict(score=torch.zeros(3, 4), threshold=torch.zeros(1))
+    with pytest.raises(ValueError, match=message):
+        expert_ffn_prefill(**(arguments | change))
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
-"""Triton kernel of `expert_hidden`.
+"""Triton kernels of `expert_ffn_prefill`.
 
-The grid is fixed; each program takes an even share of the neurons in the listed blocks, a few rows at a time, and
-streams their gate and up weights together so that the product needs no second pass.
+Hidden layer: tokens are grouped by expert, so that an expert's weights are multiplied only with the tokens that need
+it. Down projection: a program owns a tile of the output and adds up the experts that any of its tokens needs; no two
+programs add to the same place, so there are no atomics and two runs agree to the bit. Grids are those of the worst
+case; programs without tokens return at once, and the host never learns how many there are.
 """
 
 import torch
@@ -9,121 +11,176 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_kernels.launch import (
-    EXPERT_HIDDEN,
-    Launch,
-    interpreting,
-    multiprocessors,
-    padded_batch,
-    power_of_2,
-    run,
-)
+from sparse_kernels.blocks import activate, begin
+from sparse_kernels.expert_ffn.launch import LAUNCH, Routed
+from sparse_kernels.launch import interpreting, pick, power_of_2, run
 
 
 @triton.jit
-def activate(v, NAME: tl.constexpr):
-    if NAME == "silu":
-        v = v * tl.sigmoid(v)
-    elif NAME == "gelu":
-        v = 0.5 * v * (1.0 + tl.math.erf(v * 0.7071067811865476))
-    elif NAME == "gelu_tanh":  # 0.5 * (1 + tanh(z)) = sigmoid(2 z)
-        v = v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
-    else:
-        tl.static_assert(NAME == "relu" or NAME == "relu2")
-        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        if NAME == "relu2":
-            v = v * v
-    return v
+def group_kernel(
+    score, threshold, tokens, sizes, T, E, stride, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, PDL: tl.constexpr
+):
+    """tokens[e, :sizes[e]] = the tokens whose score of expert e is above the threshold, in ascending order."""
+    e = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
+    limit = tl.load(threshold)
+    begin(PDL)
+    found = tl.zeros([EXPERTS], tl.int32)
+    for start in range(0, T, TOKENS):
+        t = start + tl.arange(0, TOKENS)
+        inside = (t < T)[:, None] & (e < E)[None, :]
+        s = tl.load(score + t.to(tl.int64)[:, None] * stride + e[None, :], mask=inside, other=0.0)
+        on = (inside & (s > limit)).to(tl.int32)
+        place = e.to(tl.int64)[None, :] * T + found[None, :] + tl.cumsum(on, 0) - on
+        tl.store(tokens + place, tl.broadcast_to(t[:, None], [TOKENS, EXPERTS]), mask=on != 0)
+        found += tl.sum(on, 0)
+    tl.store(sizes + e, found, mask=e < E)
 
 
 @triton.jit
-def multiply(acc, x, w, BATCH: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + x [BATCH, columns] times w [rows, columns]; for one row of x the sum over columns is left to the end."""
-    if BATCH == 1:
-        acc += x.to(tl.float32) * w.to(tl.float32)
-    elif UPCAST:
-        acc = tl.dot(x.to(tl.float32), tl.trans(w.to(tl.float32)), acc, input_precision="ieee")
+def union_kernel(
+    score, threshold, experts, counts, T, E, stride, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, PDL: tl.constexpr
+):
+    """experts[tile, :counts[tile]] = the experts whose score is above the threshold for any token of the tile."""
+    tile = tl.program_id(0)
+    t = tile * TOKENS + tl.arange(0, TOKENS)
+    limit = tl.load(threshold)
+    begin(PDL)
+    found = 0
+    for start in range(0, E, EXPERTS):
+        e = start + tl.arange(0, EXPERTS)
+        inside = (t < T)[:, None] & (e < E)[None, :]
+        s = tl.load(score + t.to(tl.int64)[:, None] * stride + e[None, :], mask=inside, other=0.0)
+        on = tl.max((inside & (s > limit)).to(tl.int32), 0)
+        tl.store(experts + tile.to(tl.int64) * E + found + tl.cumsum(on, 0) - on, e, mask=on != 0)
+        found += tl.sum(on, 0)
+    tl.store(counts + tile, found)
+
+
+@triton.jit
+def product(acc, a, b, UPCAST: tl.constexpr):
+    if UPCAST:
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
-        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
-def hidden_kernel(
-    x, gate, up, gate_bias, up_bias, score, threshold, index, count, h,
-    B, D, F, stride_x, stride_gate, stride_up, stride_score,
+def routed_hidden_kernel(
+    x, gate, up, gate_bias, up_bias, tokens, sizes, h, T, D, F, stride_x, stride_gate, stride_up,
     BLOCK: tl.constexpr, GATED: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    TOKENS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    b = tl.arange(0, BATCH)
-    total = tl.load(count) * BLOCK
-    program = tl.program_id(0).to(tl.int64)
-    first = (total * program // tl.num_programs(0)).to(tl.int32)
-    last = (total * (program + 1) // tl.num_programs(0)).to(tl.int32)
-    for start in range(first, last, ROWS):
-        p = start + tl.arange(0, ROWS)
-        live = p < last
-        block = tl.load(index + p // BLOCK, mask=live, other=0)
-        f = block.to(tl.int64) * BLOCK + p % BLOCK
-        up_sum = tl.zeros([ROWS, COLUMNS] if BATCH == 1 else [BATCH, ROWS], tl.float32)
+    """h[t, f] of NEURONS of an expert's BLOCK neurons for TOKENS of its tokens."""
+    CHUNKS: tl.constexpr = (BLOCK + NEURONS - 1) // NEURONS
+    e = tl.program_id(1) // CHUNKS
+    j = tl.program_id(1) % CHUNKS * NEURONS + tl.arange(0, NEURONS)
+    i = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    begin(PDL)
+    size = tl.load(sizes + e)
+    if tl.program_id(0) * TOKENS < size:
+        t = tl.load(tokens + e.to(tl.int64) * T + i, mask=i < size, other=0).to(tl.int64)
+        f = (e * BLOCK + j).to(tl.int64)
+        up_sum = tl.zeros([TOKENS, NEURONS], tl.float32)
         gate_sum = up_sum
         for column in tl.range(0, D, COLUMNS, num_stages=STAGES):
             d = column + tl.arange(0, COLUMNS)
-            inside = live[:, None] & (d < D)[None, :]
-            v = tl.load(
-                x + b.to(tl.int64)[:, None] * stride_x + d[None, :],
-                mask=(b < B)[:, None] & (d < D)[None, :],
-                other=0.0,
-                eviction_policy="evict_last",
-            )
-            w = tl.load(up + f[:, None] * stride_up + d[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+            v = tl.load(x + t[:, None] * stride_x + d[None, :], mask=(i < size)[:, None] & (d < D)[None, :], other=0.0)
+            inside = (d < D)[:, None] & (j < BLOCK)[None, :]
+            w = tl.load(up + f[None, :] * stride_up + d[:, None], mask=inside, other=0.0)
+            up_sum = product(up_sum, v, w, UPCAST)
             if GATED:
-                g = tl.load(
-                    gate + f[:, None] * stride_gate + d[None, :], mask=inside, other=0.0, eviction_policy="evict_first"
-                )
-                gate_sum = multiply(gate_sum, v, g, BATCH, UPCAST)
-            up_sum = multiply(up_sum, v, w, BATCH, UPCAST)
-        if BATCH == 1:
-            up_sum = tl.sum(up_sum, 1)[None, :]
-            gate_sum = tl.sum(gate_sum, 1)[None, :]
+                g = tl.load(gate + f[None, :] * stride_gate + d[:, None], mask=inside, other=0.0)
+                gate_sum = product(gate_sum, v, g, UPCAST)
         if UP_BIAS:
-            up_sum += tl.load(up_bias + f, mask=live, other=0.0).to(tl.float32)[None, :]
+            up_sum += tl.load(up_bias + f, mask=j < BLOCK, other=0.0).to(tl.float32)[None, :]
+        if GATE_BIAS:
+            gate_sum += tl.load(gate_bias + f, mask=j < BLOCK, other=0.0).to(tl.float32)[None, :]
         if GATED:
-            if GATE_BIAS:
-                gate_sum += tl.load(gate_bias + f, mask=live, other=0.0).to(tl.float32)[None, :]
-            value = activate(gate_sum, ACTIVATION) * up_sum
+            hidden = activate(gate_sum, ACTIVATION) * up_sum
         else:
-            value = activate(up_sum, ACTIVATION)
-        inside = (b < B)[:, None] & live[None, :]
-        scores = tl.load(score + b.to(tl.int64)[:, None] * stride_score + block[None, :], mask=inside, other=0.0)
-        value = tl.where(scores > tl.load(threshold), value, 0.0)
-        tl.store(h + b.to(tl.int64)[:, None] * F + f[None, :], value.to(h.dtype.element_ty), mask=inside)
+            hidden = activate(up_sum, ACTIVATION)
+        inside = (i < size)[:, None] & (j < BLOCK)[None, :]
+        tl.store(h + t[:, None] * F + f[None, :], hidden.to(h.dtype.element_ty), mask=inside)
 
 
-def expert_hidden(
+@triton.jit
+def routed_down_kernel(
+    h, down, bias, experts, counts, y, T, E, F, N, stride,
+    BLOCK: tl.constexpr, BIAS: tl.constexpr, TOKENS: tl.constexpr, NEURONS: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """y[t, n] of a tile of tokens, over the tile's experts in ascending order."""
+    CHUNKS: tl.constexpr = (BLOCK + NEURONS - 1) // NEURONS
+    tile = tl.program_id(1)
+    t = (tile * TOKENS + tl.arange(0, TOKENS)).to(tl.int64)
+    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    begin(PDL)
+    acc = tl.zeros([TOKENS, COLUMNS], tl.float32)
+    for q in tl.range(0, tl.load(counts + tile) * CHUNKS, num_stages=STAGES):
+        e = tl.load(experts + tile.to(tl.int64) * E + q // CHUNKS)
+        j = q % CHUNKS * NEURONS + tl.arange(0, NEURONS)
+        f = e * BLOCK + j
+        v = tl.load(h + t[:, None] * F + f[None, :], mask=(t < T)[:, None] & (j < BLOCK)[None, :], other=0.0)
+        w = tl.load(
+            down + f.to(tl.int64)[:, None] * stride + n[None, :],
+            mask=(j < BLOCK)[:, None] & (n < N)[None, :],
+            other=0.0,
+        )
+        acc = product(acc, v, w, UPCAST)
+    if BIAS:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    tl.store(y + t[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=(t < T)[:, None] & (n < N)[None, :])
+
+
+def expert_ffn_prefill(
     x: Tensor,
     gate: Tensor | None,
     up: Tensor,
+    down_t: Tensor,
     gate_bias: Tensor | None,
     up_bias: Tensor | None,
+    down_bias: Tensor | None,
     score: Tensor,
     threshold: Tensor,
-    index: Tensor,
-    count: Tensor,
     activation: str,
-    config: Launch | None = None,
+    configs: tuple[Routed, Routed] | None = None,
 ) -> Tensor:
-    (batch, width), neurons = x.shape, up.shape[0]
-    config = config or EXPERT_HIDDEN[padded_batch(batch)]
-    h = torch.empty(batch, neurons, dtype=x.dtype, device=x.device)
-    programs = min(config.programs * multiprocessors(x.device), triton.cdiv(neurons, config.rows))
+    table = pick(LAUNCH, x.device)
+    first, second = configs or (table["hidden"], table["down"])
+    (total, width), (neurons, out), experts = x.shape, down_t.shape, score.shape[1]
+    block = neurons // experts
+    tokens = torch.empty(experts, total, dtype=torch.int32, device=x.device)
+    sizes = torch.empty(experts, dtype=torch.int32, device=x.device)
     run(
-        hidden_kernel, (programs,),
-        x, gate, up, gate_bias, up_bias, score, threshold, index, count, h,
-        batch, width, neurons, x.stride(0), 0 if gate is None else gate.stride(0), up.stride(0), score.stride(0),
-        BLOCK=neurons // score.shape[1], GATED=gate is not None, GATE_BIAS=gate_bias is not None,
-        UP_BIAS=up_bias is not None, ACTIVATION=activation, BATCH=padded_batch(batch), ROWS=config.rows,
-        COLUMNS=max(64, min(config.columns, power_of_2(width))), STAGES=config.stages, UPCAST=interpreting(),
-        num_warps=config.warps,
+        group_kernel, (triton.cdiv(experts, 8),), score, threshold, tokens, sizes, total, experts, score.stride(0),
+        TOKENS=256, EXPERTS=8, num_warps=4,
     )  # fmt: skip
-    return h
+    tiles = triton.cdiv(total, second.tokens)
+    listed = torch.empty(tiles, experts, dtype=torch.int32, device=x.device)
+    counts = torch.empty(tiles, dtype=torch.int32, device=x.device)
+    run(
+        union_kernel, (tiles,), score, threshold, listed, counts, total, experts, score.stride(0),
+        TOKENS=second.tokens, EXPERTS=64, num_warps=4,
+    )  # fmt: skip
+    # Zero where a token does not need an expert that others of its tile need.
+    h = torch.empty(total, neurons, dtype=x.dtype, device=x.device).zero_()
+    part = max(16, min(first.neurons, power_of_2(block)))
+    run(
+        routed_hidden_kernel, (triton.cdiv(total, first.tokens), experts * triton.cdiv(block, part)),
+        x, gate, up, gate_bias, up_bias, tokens, sizes, h, total, width, neurons, x.stride(0),
+        0 if gate is None else gate.stride(0), up.stride(0),
+        BLOCK=block, GATED=gate is not None, GATE_BIAS=gate_bias is not None, UP_BIAS=up_bias is not None,
+        ACTIVATION=activation, TOKENS=first.tokens, NEURONS=part, COLUMNS=first.columns, STAGES=first.stages,
+        UPCAST=interpreting(), num_warps=first.warps,
+    )  # fmt: skip
+    y = torch.empty(total, out, dtype=x.dtype, device=x.device)
+    run(
+        routed_down_kernel, (triton.cdiv(out, second.columns), tiles),
+        h, down_t, down_bias, listed, counts, y, total, experts, neurons, out, down_t.stride(0),
+        BLOCK=block, BIAS=down_bias is not None, TOKENS=second.tokens,
+        NEURONS=max(16, min(second.neurons, power_of_2(block))), COLUMNS=second.columns, STAGES=second.stages,
+        UPCAST=interpreting(), num_warps=second.warps,
+    )  # fmt: skip
+    return y

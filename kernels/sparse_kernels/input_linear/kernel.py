@@ -1,120 +1,447 @@
-"""Triton kernels of `input_linear`.
+"""Triton kernels of the input-sparse linear layers: `fill` lists channels, `linear` streams their weights, `combine`
+adds.
 
-The grid is fixed: tiles of output columns x splits of the list. Each program reads the list's length on the device and
-takes an even share of it, so the work is balanced at any density. Partial sums are float32 and a second kernel adds
-them in a fixed order: no atomics, and two runs agree to the bit.
+The grid of `linear` is fixed: tiles of output columns x splits of the channels. Channels are dealt to the splits in
+blocks of 8, so that those which are active together do not land in one split, and `fill` lists for every split which
+are active and with what value. The streaming loop then reads two contiguous lists, which Triton fetches several steps
+ahead as it cannot do with 2-byte gathers. A split's sums are float32 partials, added in a fixed order by `combine` or
+by the `fill` of the next layer: no atomics on values, and two runs agree to the bit.
+
+Three small kernels are faster than one that does it all: the selection is made once instead of in every program, and
+`fill` and `combine` start while the kernel before them still runs (programmatic dependent launch).
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_kernels.launch import (
-    INPUT_LINEAR,
-    MAX_SPLITS,
-    Launch,
-    interpreting,
-    multiprocessors,
-    padded_batch,
-    power_of_2,
-    run,
-)
+from sparse_kernels.blocks import activate, begin
+from sparse_kernels.input_linear.launch import STATS_TILE, Config, grid_for
+from sparse_kernels.launch import interpreting, padded_batch, power_of_2, run
+
+DEAL = tl.constexpr(8)  # channels dealt to a split at a time: one sector of float32 partials
+DENSE_SLICE = 512  # channels a program prepares for a dense product
+MAX_CHUNK = 64  # splits whose partials `combine` reads at once
 
 
 @triton.jit
-def gather_kernel(
-    x, weight, index, count, threshold, bias, out, B, N, stride_x, stride_w,
-    GROUP: tl.constexpr, THRESHOLD: tl.constexpr, CHANNELWISE: tl.constexpr, BIAS: tl.constexpr,
-    BATCH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+def dealt(j, split, splits):
+    """The channel in slot j of a split."""
+    return ((j // DEAL) * splits + split) * DEAL + j % DEAL
+
+
+@triton.jit
+def row_scale(
+    stats, row, inside_row, K, TILES: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, NORM: tl.constexpr,
+    EPS: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """out[split, b, n] = sum over this split's share of the list of s(x[b, k]) * weight[k, n]."""
+    """Mean (0 for RMS norms) and reciprocal deviation of every row, from its tiles' sums and squared deviations."""
+    t = tl.arange(0, PADDED)
+    n = tl.minimum(K - t * TILE, TILE).to(tl.float32)
+    inside = inside_row & (t < TILES)
+    place = stats + (row * TILES + t) * 2
+    total = tl.load(place, mask=inside, other=0.0)
+    spread = tl.load(place + 1, mask=inside, other=0.0)
+    if NORM == "layer":
+        mean = tl.sum(total, AXIS, keep_dims=AXIS == 1) / K
+        away = tl.where(inside, total / n - mean, 0.0)
+    else:
+        mean = 0.0
+        away = total / n
+    square = tl.sum(tl.where(inside, spread + n * away * away, 0.0), AXIS, keep_dims=AXIS == 1)
+    return mean, tl.rsqrt(square / K + EPS)
+
+
+@triton.jit
+def input_at(x, place, inside, parts, stride_part, PARTS: tl.constexpr, DTYPE: tl.constexpr):
+    """float32 values of x at offsets `place`; from partials, their sum rounded as the layer that made them rounds."""
+    if PARTS == 0:
+        v = tl.load(x + place, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
+    elif PARTS == 1:  # several rows: one part after the other
+        v = tl.zeros(place.shape, tl.float32)
+        for s in tl.range(0, parts):
+            v += tl.load(x + s * stride_part + place, mask=inside, other=0.0)
+        v = v.to(DTYPE).to(tl.float32)
+    else:  # one row: all parts at once
+        s = tl.arange(0, PARTS)[:, None]
+        loaded = tl.load(x + s * stride_part + place[None, :], mask=(s < parts) & inside[None, :], other=0.0)
+        v = tl.sum(loaded, 0).to(DTYPE).to(tl.float32)
+    return v
+
+
+@triton.jit
+def fill_kernel(
+    x, index, total, threshold, norm_weight, norm_bias, stats, center, list_index, list_value, list_count, counts, like,
+    B, K, stride_x, parts, stride_part,
+    SELECT: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, CHANNELWISE: tl.constexpr, INVERT: tl.constexpr,
+    NORM: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr,
+    TILE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr, PARTS: tl.constexpr,
+    BATCH: tl.constexpr, SLICE: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Write one split's channels [SLOTS], values [BATCH, SLOTS] and their number, for one segment of the output.
+
+    The first HEAD slots hold the split's first channels whether active or not; their weights are always read.
+    """
+    split = tl.program_id(0)
+    segment = tl.program_id(1)
+    splits = tl.num_programs(0)
+    DTYPE: tl.constexpr = like.dtype.element_ty
+    AXIS: tl.constexpr = 0 if BATCH == 1 else 1
+    j = tl.arange(0, SLICE)
+    k = dealt(j, split, splits)
+    inside_k = k < K
+    if SELECT != "list":
+        if CHANNELWISE:
+            limit = tl.load(threshold + segment * K + k, mask=inside_k, other=0.0)
+        elif LIMIT:
+            limit = tl.load(threshold + segment)
+        if NORM != "":
+            weight = tl.load(norm_weight + k, mask=inside_k, other=0.0).to(tl.float32)
+        if NORM_BIAS:
+            shift = tl.load(norm_bias + k, mask=inside_k, other=0.0).to(tl.float32)
+        if CENTER:
+            middle = tl.load(center + k, mask=inside_k, other=0.0).to(tl.float32)
+    begin(PDL)
+    count = K
+    if SELECT == "list":
+        listed = tl.load(total) * GROUP
+        first = (listed.to(tl.int64) * split // splits).to(tl.int32)
+        count = (listed.to(tl.int64) * (split + 1) // splits).to(tl.int32) - first
+        inside_k = j < count
+        k = tl.load(index + (first + j) // GROUP, mask=inside_k, other=0) * GROUP + (first + j) % GROUP
+        if CHANNELWISE:
+            limit = tl.load(threshold + segment * K + k, mask=inside_k, other=0.0)
+        elif LIMIT:
+            limit = tl.load(threshold + segment)
+        if NORM != "":
+            weight = tl.load(norm_weight + k, mask=inside_k, other=0.0).to(tl.float32)
+        if NORM_BIAS:
+            shift = tl.load(norm_bias + k, mask=inside_k, other=0.0).to(tl.float32)
+        if CENTER:
+            middle = tl.load(center + k, mask=inside_k, other=0.0).to(tl.float32)
+    # One row is one-dimensional: conversions between layouts would cost more than the work.
+    if BATCH == 1:
+        row = 0
+        inside_row = B > 0
+        place = k
+        inside = inside_k
+    else:
+        row = tl.arange(0, BATCH)[:, None]
+        inside_row = row < B
+        place = row * stride_x + k[None, :]
+        inside = inside_row & inside_k[None, :]
+    v = input_at(x, place, inside, parts, stride_part, PARTS, DTYPE)
+    if ACTIVATION != "":
+        v = activate(v, ACTIVATION).to(DTYPE).to(tl.float32)
+        if GATED:
+            v = (v * input_at(x + K, place, inside, parts, stride_part, PARTS, DTYPE)).to(DTYPE).to(tl.float32)
+    if NORM != "":
+        mean, scale = row_scale(stats, row, inside_row, K, TILES, PADDED, TILE, NORM, EPS, AXIS)
+        v = (v - mean) * scale
+        if NORM == "rms":
+            v = v.to(DTYPE).to(tl.float32)
+        if NORM == "gemma":
+            weight += 1.0
+        v = v * weight
+        if NORM_BIAS:
+            v += shift
+        v = v.to(DTYPE).to(tl.float32)
+    if CENTER:
+        v = (v - middle).to(DTYPE).to(tl.float32)
+    v = tl.where(inside, v, 0.0)
+    if LIMIT:
+        keep = tl.abs(v) > limit
+        if INVERT:
+            keep = keep == 0
+        keep = keep & inside
+        v = tl.where(keep, v, 0.0)
+    if SELECT == "dense":  # values in the order of the channels, for a dense product
+        if BATCH > 1:
+            tl.store(list_value + (segment * B + row).to(tl.int64) * K + k[None, :], v.to(DTYPE), mask=inside)
+        else:
+            tl.store(list_value + segment.to(tl.int64) * K + k, v.to(DTYPE), mask=inside)
+        return
+    lists = segment * splits + split
+    values = list_value + lists.to(tl.int64) * (BATCH * SLOTS) + row * SLOTS
+    slot = j
+    written = inside_k
+    if SELECT == "threshold":
+        found = keep.to(tl.int32)
+        if BATCH > 1:
+            found = tl.max(found, 0)
+        after = tl.where(j < HEAD, 0, found)
+        slot = tl.where(j < HEAD, j, HEAD + tl.cumsum(after, 0) - after)
+        written = inside_k & ((j < HEAD) | (found != 0))
+        count = HEAD + tl.sum(after, 0)
+        tl.store(counts + lists, tl.sum(found, 0))
+    if SELECT == "list" or SELECT == "threshold":
+        tl.store(list_index + lists.to(tl.int64) * SLOTS + slot, k, mask=written)
+    if SELECT == "all" or SELECT == "mask":
+        count = tl.sum(inside_k.to(tl.int32), 0)
+    tl.store(list_count + lists, count)
+    # The loop reads values in whole steps, unmasked so that the loads are wide: what follows the last one is zero.
+    rest = tl.arange(0, ROWS) + count
+    if BATCH == 1:
+        tl.store(values + slot, v.to(list_value.dtype.element_ty), mask=written)
+        tl.store(values + rest, tl.zeros([ROWS], list_value.dtype.element_ty), mask=rest < SLOTS)
+    else:
+        tl.store(values + slot[None, :], v.to(list_value.dtype.element_ty), mask=written[None, :] & inside_row)
+        zeros = tl.zeros([BATCH, ROWS], list_value.dtype.element_ty)
+        tl.store(values + rest[None, :], zeros, mask=(rest < SLOTS)[None, :] & inside_row)
+
+
+@triton.jit
+def accumulate(acc, v, w, DTYPE: tl.constexpr, BATCH: tl.constexpr, UPCAST: tl.constexpr):
+    """acc + v times w [ROWS, COLUMNS]; for one row, v [ROWS], the sum over ROWS is left to the end."""
+    if BATCH == 1:  # adding across threads at every step would stall the loads
+        acc += v.to(tl.float32)[:, None] * w.to(tl.float32)
+    elif UPCAST:
+        acc = tl.dot(v.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(v.to(DTYPE), w, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def linear_kernel(
+    list_value, list_index, list_count, weight, side, side_up, partial,
+    B, K, N, R, width0, width1, splits, stride_w, stride_side,
+    SELECT: tl.constexpr, SEGMENTS: tl.constexpr, SIDE: tl.constexpr, ALIGNED: tl.constexpr, BATCH: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, HEAD: tl.constexpr,
+    UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """partial[split, b, n] = sum over the split's list of value[b, k] * weight[k, n] (+ its share of side side_up)."""
+    tile = tl.program_id(0)
     split = tl.program_id(1)
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    DTYPE: tl.constexpr = weight.dtype.element_ty
+    segment = 0
+    start_n = tile * COLUMNS
+    end_n = N
+    if SEGMENTS > 1:
+        tiles0 = tl.cdiv(width0, COLUMNS)
+        tiles1 = tiles0 + tl.cdiv(width1, COLUMNS)
+        segment = (tile >= tiles0).to(tl.int32) + (tile >= tiles1).to(tl.int32)
+        begin_n = tl.where(segment == 0, 0, tl.where(segment == 1, width0, width0 + width1))
+        end_n = tl.where(segment == 0, width0, tl.where(segment == 1, width0 + width1, N))
+        start_n = begin_n + (tile - tl.where(segment == 0, 0, tl.where(segment == 1, tiles0, tiles1))) * COLUMNS
+    if ALIGNED:
+        start_n = tl.multiple_of(start_n, 16)
+        end_n = tl.multiple_of(end_n, 16)
+    n = start_n + tl.arange(0, COLUMNS)
+    inside_n = n < end_n
     b = tl.arange(0, BATCH)
-    total = tl.load(count) * GROUP
-    first = (total.to(tl.int64) * split // tl.num_programs(1)).to(tl.int32)
-    last = (total.to(tl.int64) * (split + 1) // tl.num_programs(1)).to(tl.int32)
-    # One row keeps a sum per row of the tile until the end: adding across threads each step would stall the loads.
+    row = tl.arange(0, ROWS)
     acc = tl.zeros([ROWS if BATCH == 1 else BATCH, COLUMNS], tl.float32)
-    for start in tl.range(first, last, ROWS, num_stages=STAGES):
-        p = start + tl.arange(0, ROWS)
-        live = p < last
-        k = tl.load(index + p // GROUP, mask=live, other=0).to(tl.int64) * GROUP + p % GROUP
-        w = tl.load(
-            weight + k[:, None] * stride_w + n[None, :],
-            mask=live[:, None] & (n < N)[None, :],
+    if SELECT == "dense":  # values in the order of the channels, for a dense product
+        if BATCH > 1:
+            tl.store(list_value + (segment * B + row).to(tl.int64) * K + k[None, :], v.to(DTYPE), mask=inside)
+        else:
+            tl.store(list_value + segment.to(tl.int64) * K + k, v.to(DTYPE), mask=inside)
+        return
+    lists = segment * splits + split
+    values = list_value + lists.to(tl.int64) * (BATCH * SLOTS)
+    channels = list_index + lists.to(tl.int64) * SLOTS
+
+    if HEAD > 0:  # read whatever is selected, so that memory is busy while the selection is made
+        head_k = dealt(row, split, splits)
+        head = tl.load(
+            weight + head_k.to(tl.int64)[:, None] * stride_w + n[None, :],
+            mask=(head_k < K)[:, None] & inside_n[None, :],
             other=0.0,
             eviction_policy="evict_first",
         )
-        v = tl.load(
-            x + b.to(tl.int64)[:, None] * stride_x + k[None, :],
-            mask=(b < B)[:, None] & live[None, :],
-            other=0.0,
-            eviction_policy="evict_last",
-        )
-        if THRESHOLD:
-            limit = tl.load(threshold + k, mask=live, other=0.0)[None, :] if CHANNELWISE else tl.load(threshold)
-            v = tl.where(tl.abs(v.to(tl.float32)) > limit, v.to(tl.float32), 0.0).to(v.dtype)
+    begin(PDL)
+    last = tl.load(list_count + lists)
+    if HEAD > 0:
+        acc = accumulate(acc, tl.load(values + row), head, DTYPE, BATCH, UPCAST)
+    for start in tl.range(HEAD, last, ROWS, num_stages=STAGES):
+        p = tl.multiple_of(start, ROWS) + row
+        live = p < last
         if BATCH == 1:
-            acc += tl.trans(v).to(tl.float32) * w.to(tl.float32)
-        elif UPCAST:
-            acc = tl.dot(v.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
+            v = tl.load(values + p)
         else:
-            acc = tl.dot(v, w, acc, input_precision="ieee")
-    y = tl.sum(acc, 0)[None, :] if BATCH == 1 else acc
-    if BIAS:
-        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    row = split.to(tl.int64) * B + b
-    tl.store(out + row[:, None] * N + n[None, :], y.to(out.dtype.element_ty), mask=(b < B)[:, None] & (n < N)[None, :])
+            v = tl.load(values + (b * SLOTS)[:, None] + p[None, :], mask=(b < B)[:, None], other=0.0)
+        if SELECT == "list" or SELECT == "threshold":
+            k = tl.load(channels + p, mask=live, other=0)
+        else:
+            k = dealt(p, split, splits)
+        if SELECT == "mask":
+            chosen = (v != 0.0).to(tl.int32)
+            if BATCH > 1:
+                chosen = tl.max(chosen, 0)
+            live = live & (chosen != 0)
+        w = tl.load(
+            weight + k.to(tl.int64)[:, None] * stride_w + n[None, :],
+            mask=live[:, None] & inside_n[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        acc = accumulate(acc, v, w, DTYPE, BATCH, UPCAST)
+    if SIDE:
+        for start in tl.range(0, tl.cdiv(R - split, splits), ROWS):
+            r = (start + row) * splits + split
+            up = tl.load(
+                side_up + r.to(tl.int64)[:, None] * stride_side + n[None, :],
+                mask=(r < R)[:, None] & inside_n[None, :],
+                other=0.0,
+            )
+            if BATCH == 1:
+                z = tl.load(side + r, mask=r < R, other=0.0)
+            else:
+                z = tl.load(side + (b * R)[:, None] + r[None, :], mask=(b < B)[:, None] & (r < R)[None, :], other=0.0)
+            acc = accumulate(acc, z, up, DTYPE, BATCH, UPCAST)
+    place = partial + split.to(tl.int64) * B * N
+    if BATCH == 1:
+        tl.store(place + n, tl.sum(acc, 0), mask=inside_n)
+    else:
+        tl.store(place + b[:, None] * N + n[None, :], acc, mask=(b < B)[:, None] & inside_n[None, :])
 
 
 @triton.jit
-def reduce_kernel(
-    partial, bias, out, splits, B, N, BIAS: tl.constexpr, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+def combine_kernel(
+    partial, bias, residual, out, stats, parts, B, N, stride_r,
+    BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STATS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """out[b, n] = sum over splits of partial[split, b, n] (+ bias[n])."""
+    """out[b, n] = sum of partial[:, b, n] (+ bias) (+ residual); stats: the tile's sum and squared deviations of it."""
+    tile = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    n = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    split = tl.arange(0, SPLITS)
-    row = split.to(tl.int64) * B + b
-    part = tl.load(
-        partial + row[:, None] * N + n[None, :], mask=(split < splits)[:, None] & (n < N)[None, :], other=0.0
-    )
-    y = tl.sum(part, 0)
+    n = tile * COLUMNS + tl.arange(0, COLUMNS)
+    inside = n < N
+    DTYPE: tl.constexpr = out.dtype.element_ty
     if BIAS:
-        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(out + b * N + n, y.to(out.dtype.element_ty), mask=n < N)
+        constant = tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    begin(PDL)
+    if RESIDUAL:
+        rest = tl.load(residual + b * stride_r + n, mask=inside, other=0.0).to(tl.float32)
+    lanes = tl.zeros([CHUNK, COLUMNS], tl.float32)
+    for start in tl.range(0, parts, CHUNK):
+        s = start + tl.arange(0, CHUNK)
+        place = partial + (s.to(tl.int64)[:, None] * B + b) * N + n[None, :]
+        lanes += tl.load(place, mask=(s < parts)[:, None] & inside[None, :], other=0.0).to(tl.float32)
+    y = tl.sum(lanes, 0)
+    if BIAS:
+        y += constant
+    if RESIDUAL:  # a linear layer rounds its output before the residual is added
+        y = y.to(DTYPE).to(tl.float32) + rest
+    y = y.to(DTYPE)
+    tl.store(out + b * N + n, y, mask=inside)
+    if STATS:
+        h = tl.where(inside, y.to(tl.float32), 0.0)
+        total = tl.sum(h, 0)
+        away = tl.where(inside, h - total / tl.minimum(N - tile * COLUMNS, COLUMNS), 0.0)
+        place = stats + (b * tl.num_programs(0) + tile) * 2
+        tl.store(place, total)
+        tl.store(place + 1, tl.sum(away * away, 0))
 
 
-def input_linear(
+def row_stats(x: Tensor) -> Tensor:
+    return combine(x[None].contiguous(), None, None, True, x.dtype)[1]
+
+
+def combine(
+    partial: Tensor, bias: Tensor | None, residual: Tensor | None, with_stats: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(y [B, N], stats [B, tiles, 2] or [B, 0, 2]) of partial [parts, B, N]."""
+    parts, batch, width = partial.shape
+    tiles = triton.cdiv(width, STATS_TILE)
+    out = torch.empty(batch, width, dtype=dtype, device=partial.device)
+    stats = torch.empty(batch, tiles if with_stats else 0, 2, dtype=torch.float32, device=partial.device)
+    run(
+        combine_kernel, (tiles, batch),
+        partial, bias, residual, out, stats, parts, batch, width, 0 if residual is None else residual.stride(0),
+        BIAS=bias is not None, RESIDUAL=residual is not None, STATS=with_stats,
+        CHUNK=min(MAX_CHUNK, power_of_2(parts)), COLUMNS=STATS_TILE, num_warps=4,
+    )  # fmt: skip
+    return out, stats
+
+
+def run_fill(
+    x: Tensor, weight_t: Tensor, select: str, grid: tuple[int, int], slice_: int, list_index: Tensor,
+    list_value: Tensor, list_count: Tensor, counts: Tensor, common: dict[str, Any],
+    index: Tensor | None = None, count: Tensor | None = None, group: int = 1, threshold: Tensor | None = None,
+    invert: bool = False, norm: str = "", norm_weight: Tensor | None = None, norm_bias: Tensor | None = None,
+    eps: float = 0.0, stats: Tensor | None = None, activation: str = "", gated: bool = False,
+    center: Tensor | None = None,
+) -> None:  # fmt: skip
+    parts = x.shape[0] if x.dim() == 3 else 0
+    batch, padded = x.shape[-2], common["BATCH"]
+    tiles = 1 if stats is None else stats.shape[1]
+    run(
+        fill_kernel, grid,
+        x, index, count, threshold, norm_weight, norm_bias, stats, center, list_index, list_value, list_count, counts,
+        weight_t, batch, weight_t.shape[0], x.stride(-2), parts, x.stride(0) if parts else 0,
+        GROUP=group, LIMIT=threshold is not None, CHANNELWISE=threshold is not None and threshold.dim() == 2,
+        INVERT=invert, NORM=norm, NORM_BIAS=norm_bias is not None, EPS=eps, TILES=tiles, PADDED=power_of_2(tiles),
+        TILE=STATS_TILE, ACTIVATION=activation, GATED=gated, CENTER=center is not None,
+        PARTS=0 if parts == 0 else (max(2, power_of_2(parts)) if padded == 1 else 1), SLICE=slice_,
+        num_warps=8 if parts or padded > 1 else 4, **common,
+    )  # fmt: skip
+
+
+def dense(x: Tensor, weight_t: Tensor, widths: list[int], **prepare: Any) -> Tensor:
+    """y [B, N] by cuBLAS, of the same values: where the rows of a batch need nearly all channels between them."""
+    batch, device, (channels, width) = x.shape[-2], x.device, weight_t.shape
+    padded = padded_batch(batch)
+    value = torch.empty(len(widths), batch, channels, dtype=weight_t.dtype, device=device)
+    common = dict(SELECT="dense", BATCH=padded, SLOTS=1, ROWS=1, HEAD=0)
+    splits = triton.cdiv(channels, DENSE_SLICE)
+    run_fill(x, weight_t, "dense", (splits, len(widths)), DENSE_SLICE, value, value, value, value, common, **prepare)
+    if len(widths) == 1:
+        return value[0] @ weight_t
+    out = torch.empty(batch, width, dtype=weight_t.dtype, device=device)
+    for v, w, y in zip(value, weight_t.split(widths, 1), out.split(widths, 1), strict=True):
+        torch.mm(v, w, out=y)
+    return out
+
+
+def linear(
     x: Tensor,
     weight_t: Tensor,
-    index: Tensor,
-    count: Tensor,
-    threshold: Tensor | None,
-    bias: Tensor | None,
-    group: int,
-    config: Launch | None = None,
-) -> Tensor:
-    (batch, channels), width = x.shape, weight_t.shape[1]
-    config = config or INPUT_LINEAR[padded_batch(batch)]
-    columns = max(64, min(config.columns, power_of_2(width)))
-    tiles = triton.cdiv(width, columns)
-    splits = min(config.programs * multiprocessors(x.device) // tiles, MAX_SPLITS, triton.cdiv(channels, config.rows))
-    splits = max(splits, 1)
-    out = torch.empty(batch, width, dtype=x.dtype, device=x.device)
-    partial = torch.empty(splits, batch, width, dtype=torch.float32, device=x.device) if splits > 1 else out
-    run(
-        gather_kernel, (tiles, splits),
-        x, weight_t, index, count, threshold, bias, partial, batch, width, x.stride(0), weight_t.stride(0),
-        GROUP=group, THRESHOLD=threshold is not None, CHANNELWISE=threshold is not None and threshold.numel() > 1,
-        BIAS=bias is not None and splits == 1, BATCH=padded_batch(batch), ROWS=config.rows, COLUMNS=columns,
-        STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps,
+    select: str,
+    widths: list[int],
+    index: Tensor | None = None,
+    count: Tensor | None = None,
+    group: int = 1,
+    side: Tensor | None = None,
+    side_up: Tensor | None = None,
+    config: Config | None = None,
+    **prepare: Any,
+) -> tuple[Tensor, Tensor]:
+    """(partial float32 [splits, B, N], counts int32 [segments, splits], empty unless select is "threshold").
+
+    x: [B, K or 2 K] of the weight's dtype, or float32 partials of it [parts, B, K or 2 K]; prepare: what `run_fill`
+    takes to make the layer's input of it.
+    """
+    batch, device, (channels, width) = x.shape[-2], x.device, weight_t.shape
+    padded, segments = padded_batch(batch), len(widths)
+    config, columns, tiles, splits = grid_for(batch, channels, widths, device, config)
+    rows = config.rows if padded == 1 else max(16, config.rows)
+    slice_ = power_of_2(8 * triton.cdiv(triton.cdiv(channels, 8), splits))
+    head = rows if config.head and padded == 1 and select != "list" else 0
+    slots = slice_ + head + rows
+    list_index = torch.empty(segments * splits, slots, dtype=torch.int32, device=device)
+    list_value = torch.empty(
+        segments * splits, padded, slots, dtype=torch.float32 if padded == 1 else weight_t.dtype, device=device
+    )
+    list_count = torch.empty(segments, splits, dtype=torch.int32, device=device)
+    counts = torch.empty(segments if select == "threshold" else 0, splits, dtype=torch.int32, device=device)
+    partial = torch.empty(splits, batch, width, dtype=torch.float32, device=device)
+    common = dict(SELECT=select, BATCH=padded, SLOTS=slots, ROWS=rows, HEAD=head)
+    run_fill(
+        x, weight_t, select, (splits, segments), slice_, list_index, list_value, list_count, counts, common,
+        index=index, count=count, group=group, **prepare,
     )  # fmt: skip
-    if splits > 1:
-        run(
-            reduce_kernel, (triton.cdiv(width, 64), batch), partial, bias, out, splits, batch, width,
-            BIAS=bias is not None, SPLITS=power_of_2(splits), COLUMNS=64, num_warps=4,
-        )  # fmt: skip
-    return out
+    run(
+        linear_kernel, (tiles, splits),
+        list_value, list_index, list_count, weight_t, side, side_up, partial,
+        batch, channels, width, 0 if side is None else side.shape[1], widths[0], widths[1] if segments > 1 else 0,
+        splits, weight_t.stride(0), 0 if side_up is None else side_up.stride(0),
+        SEGMENTS=segments, SIDE=side is not None, ALIGNED=all(w % 16 == 0 for w in widths), COLUMNS=columns,
+        STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps, pdl=config.pdl, **common,
+    )  # fmt: skip
+    return partial, counts

@@ -1,10 +1,12 @@
-"""Registered operator `input_linear`."""
+"""Registered operators `input_linear`, `threshold_linear` and `row_stats`."""
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from sparse_kernels.activations import ACTIVATIONS
 from sparse_kernels.input_linear import naive
+from sparse_kernels.input_linear.launch import CROSSOVER, STATS_TILE, cdiv, grid_for, union
 from sparse_kernels.launch import (
     require,
     require_input,
@@ -13,6 +15,9 @@ from sparse_kernels.launch import (
     require_threshold,
     use_triton,
 )
+
+NORMS = ("", "rms", "layer", "gemma")
+SELECTS = ("threshold", "mask")
 
 
 def input_linear(
@@ -49,6 +54,131 @@ def input_linear(
     return torch.ops.sparse_kernels.input_linear(x, weight_t, index, count, threshold, bias, group)
 
 
+def threshold_linear(
+    x: Tensor,
+    weight_t: Tensor,
+    threshold: Tensor | None,
+    widths: list[int] | None = None,
+    *,
+    select: str = "threshold",
+    invert: bool = False,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    norm: str = "",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    stats: Tensor | None = None,
+    activation: str = "",
+    gated: bool = False,
+    center: Tensor | None = None,
+    side: Tensor | None = None,
+    side_up: Tensor | None = None,
+    with_stats: bool = False,
+    partial: bool = False,
+    density: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """From a decode step's vectors to a linear layer's output, reading the weights of large channels only.
+
+    x: [B, K], or [B, 2 K] if `gated`; 1 <= B <= 64, contiguous rows; or what `partial` left of it, float32
+    [parts, B, K or 2 K], whose sum it then is. weight_t: [K, N], the transposed weights of one or more layers side by
+    side, `widths` outputs each (at most 3; default [N]). threshold: float32 [len(widths)] or [len(widths), K]: a layer
+    reads channel k where any row has |v_k| above it, and counts smaller values as zero; None reads everything.
+    select: "threshold" streams a list of the channels, "mask" masks the loads of all. invert: keep the values that are
+    not above the threshold instead.
+
+    v is made from x: activation: one of ACTIVATIONS, act(x), or act(x[:, :K]) * x[:, K:] if gated; norm: "rms",
+    "gemma" (RMS norm times 1 + weight) or "layer", with norm_weight [K], norm_bias [K] or None, eps, and stats float32
+    [B, tiles, 2] as `row_stats` or a previous call makes them; center: [K], subtracted (its constant W center belongs
+    into the bias). density: the share of channels a row is expected to keep; where the rows of a batch would then need
+    most channels between them, the product is dense (cuBLAS), of the same values. The result takes side [B, R] @ side_up [R, N] (a low-rank path), bias [N] and residual [B, N].
+
+    Returns (y [B, N] in the weight's dtype, counts int32 [len(widths), splits], whose sum over splits is the number of
+    channels kept, stats of y with `with_stats`). With `partial`, y is float32 [splits, B, N], to be summed by the next
+    call, which saves a launch. counts and stats are empty where they were not computed. float32 sums in a fixed order.
+    Thresholds, norm weights and center are constants of a step: they must not be written by the kernel before.
+    Raises ValueError outside this domain.
+
+    Thresholds on magnitudes follow TEAL (arXiv:2408.14690), the low-rank path R-Sparse (arXiv:2504.19449).
+    """
+    require(x.dim() in (2, 3), "x must have shape [batch, channels] or [parts, batch, channels], got {}.", x.shape)
+    rows = x if x.dim() == 2 else x[0]
+    require_input(rows)
+    require(weight_t.dim() == 2, "weight_t must have shape [channels, outputs], got {}.", weight_t.shape)
+    channels, width = weight_t.shape
+    widths = [width] if widths is None else list(widths)
+    require(
+        1 <= len(widths) <= 3 and sum(widths) == width, "widths must be 1 to 3 that sum to {}, got {}.", width, widths
+    )
+    require(activation in ("", *ACTIVATIONS), "activation must be one of {}, got {}.", tuple(ACTIVATIONS), activation)
+    require(norm in NORMS, "norm must be one of {}, got {}.", NORMS[1:], norm)
+    require(not (activation and norm), "A layer's input is activated or normed, not both.")
+    require(bool(activation) or not gated, "gated needs an activation.")
+    require(select in SELECTS, "select must be one of {}, got {}.", SELECTS, select)
+    expected = 2 * channels if gated else channels
+    require(x.shape[-1] == expected, "x must have {} columns for {}, got {}.", expected, weight_t.shape, x.shape)
+    if x.dim() == 3:
+        fits = x.dtype == torch.float32 and x.is_contiguous()
+        require(fits, "Parts of x must be contiguous float32, got {}.", x.dtype)
+    dense = x.new_empty(0, dtype=x.dtype if x.dim() == 2 else weight_t.dtype)
+    require_rows("weight_t", weight_t, dense, (channels, width))
+    if threshold is not None:
+        shapes = ((len(widths),), (len(widths), channels))
+        fits = threshold.shape in shapes and threshold.dtype == torch.float32 and threshold.is_contiguous()
+        require(fits, "threshold must be a contiguous float32 {} or {}, got {}.", *shapes, threshold.shape)
+        require(threshold.device == x.device, "threshold must be on {}, got {}.", x.device, threshold.device)
+    require(threshold is not None or not invert, "invert needs a threshold.")
+    require(bool(norm) == (norm_weight is not None), "norm and norm_weight need each other.")
+    for name, vector, size in (
+        ("bias", bias, width),
+        ("center", center, channels),
+        ("norm_weight", norm_weight, channels),
+        ("norm_bias", norm_bias, channels),
+    ):
+        if vector is not None:
+            require_rows(name, vector, dense, (size,))
+    if residual is not None:
+        require_rows("residual", residual, dense, (rows.shape[0], width))
+    require((side is None) == (side_up is None), "side and side_up need each other.")
+    if side is not None and side_up is not None:
+        require_rows("side_up", side_up, dense, (side.shape[1], width))
+        require_rows("side", side, dense, (rows.shape[0], side_up.shape[0]))
+    alone = bias is None and residual is None and not with_stats
+    require(alone or not partial, "A partial result takes no bias, residual or stats: they need the sum.")
+    require(not (norm and x.dim() == 3), "A norm needs the sum of x's parts: do not ask for them.")
+    if norm and stats is None:
+        stats = row_stats(x)
+    return torch.ops.sparse_kernels.threshold_linear(
+        x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm_weight, norm_bias, eps, stats,
+        activation, gated, center, side, side_up, with_stats, partial, density,
+    )  # fmt: skip
+
+
+def row_stats(x: Tensor) -> Tensor:
+    """Sum and sum of squared deviations of every tile of x [B, K]: float32 [B, tiles, 2], for `threshold_linear`."""
+    require_input(x)
+    return torch.ops.sparse_kernels.row_stats(x)
+
+
+@torch.library.custom_op("sparse_kernels::row_stats", mutates_args=(), schema="(Tensor x) -> Tensor")
+def _row_stats(x: Tensor) -> Tensor:
+    if not use_triton(x):
+        return naive.row_stats(x, STATS_TILE)
+    from sparse_kernels.input_linear import kernel
+
+    return kernel.row_stats(x)
+
+
+@_row_stats.register_fake
+def _(x):
+    return x.new_empty(x.shape[0], cdiv(x.shape[1], STATS_TILE), 2, dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.sparse_kernels.row_stats)
+def _stats_flops(*args, **kwargs) -> int:
+    return 0
+
+
 @torch.library.custom_op(
     "sparse_kernels::input_linear",
     mutates_args=(),
@@ -68,7 +198,10 @@ def _input_linear(
         return naive.input_linear(x, weight_t, index, count, threshold, bias, group)
     from sparse_kernels.input_linear import kernel
 
-    return kernel.input_linear(x, weight_t, index, count, threshold, bias, group)
+    limit = None if threshold is None else (threshold if threshold.numel() == 1 else threshold[None])
+    widths = [weight_t.shape[1]]
+    partial = kernel.linear(x, weight_t, "list", widths, index=index, count=count, group=group, threshold=limit)[0]
+    return kernel.combine(partial, bias, None, False, x.dtype)[0]
 
 
 @_input_linear.register_fake
@@ -80,3 +213,64 @@ def _(x, weight_t, index, count, threshold, bias, group):
 def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
     """Those of the dense linear: what is skipped is not known from shapes."""
     return 2 * x_shape[0] * weight_shape[0] * weight_shape[1]
+
+
+@torch.library.custom_op(
+    "sparse_kernels::threshold_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight_t, Tensor? threshold, int[] widths, str select, bool invert, Tensor? bias,"
+    " Tensor? residual, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? stats, str activation,"
+    " bool gated, Tensor? center, Tensor? side, Tensor? side_up, bool with_stats, bool partial,"
+    " float? density)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+def _threshold_linear(
+    x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm_weight, norm_bias, eps, stats,
+    activation, gated, center, side, side_up, with_stats, partial, density,
+):  # fmt: skip
+    prepare = dict(norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, activation=activation)
+    prepare |= dict(gated=gated, center=center, invert=invert)
+    path = dict(side=side, side_up=side_up)
+    none = x.new_empty(x.shape[-2], 0, 2, dtype=torch.float32)
+    if not use_triton(x):
+        y, counts = naive.threshold_linear(x, weight_t, threshold, widths, bias=bias, residual=residual, **prepare, **path)
+        counts = counts if threshold is not None and select == "threshold" else counts[:0]
+        if partial:
+            return y[None].float(), counts, none
+        return y, counts, naive.row_stats(y, STATS_TILE) if with_stats else none
+    from sparse_kernels.input_linear import kernel
+
+    batch = x.shape[-2]
+    if threshold is None:
+        select, widths = "all", [weight_t.shape[1]]
+    if batch > 1 and (threshold is None or (density is not None and union(density, batch) > CROSSOVER)):
+        y = kernel.dense(x, weight_t, widths, threshold=threshold, stats=stats, **prepare)
+        parts = (y if side is None else torch.addmm(y, side, side_up))[None].float()
+        counts = x.new_empty(0, 1, dtype=torch.int32)
+    else:
+        parts, counts = kernel.linear(x, weight_t, select, widths, threshold=threshold, stats=stats, **prepare, **path)
+    if partial:
+        return parts, counts, none
+    y, y_stats = kernel.combine(parts, bias, residual, with_stats, weight_t.dtype)
+    return y, counts, y_stats
+
+
+@_threshold_linear.register_fake
+def _(x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm_weight, norm_bias, eps, stats,
+      activation, gated, center, side, side_up, with_stats, partial, density):  # fmt: skip
+    batch, (channels, width) = x.shape[-2], weight_t.shape
+    dense = batch > 1 and (threshold is None or (density is not None and union(density, batch) > CROSSOVER))
+    dense = dense and x.device.type != "cpu"
+    splits = grid_for(batch, channels, list(widths) if threshold is not None else [width], x.device).splits
+    splits = 1 if dense else splits
+    listed = threshold is not None and select == "threshold" and not dense
+    counts = x.new_empty(len(widths) if listed else 0, splits, dtype=torch.int32)
+    y_stats = x.new_empty(batch, cdiv(width, STATS_TILE) if with_stats else 0, 2, dtype=torch.float32)
+    if partial:
+        return x.new_empty(splits, batch, width, dtype=torch.float32), counts, y_stats
+    return x.new_empty(batch, width, dtype=weight_t.dtype), counts, y_stats
+
+
+@register_flop_formula(torch.ops.sparse_kernels.threshold_linear)
+def _threshold_flops(x_shape, weight_shape, *args, **kwargs) -> int:
+    return 2 * x_shape[-2] * weight_shape[0] * weight_shape[1]

@@ -1,8 +1,9 @@
-"""Triton kernel of `compact`.
+"""Triton kernels that turn scores into index lists.
 
-Programs take BLOCK channels each. Instead of waiting for one another, every program counts the active channels before
-its own block again: those are a few kilobytes in cache, and one launch of independent programs is quicker than a
-second launch or a chain of them.
+Lists are ascending, so the place of an active channel is the number of active channels before it. Every program counts
+those again instead of waiting for the programs before it: a few kilobytes in cache are quicker than a chain of
+dependent latencies. Where counting again would read too much, for the union of several rows, a kernel before marks the
+active channels in one byte each: launched programmatically, it costs less than one program that waits for all others.
 """
 
 import torch
@@ -10,57 +11,427 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_kernels.launch import power_of_2, run
+from sparse_kernels.blocks import activate, begin
+from sparse_kernels.launch import interpreting, padded_batch, pick, power_of_2, run
+from sparse_kernels.selection.launch import LAUNCH, MANY, SCORE, Scan, Score
 
-BLOCK = 1024
-MAX_TILE = 16384
+RECOUNT = 16384  # earlier channels that a program counts per step
 
 
 @triton.jit
-def active(x, threshold, k, inside, B, stride, MAGNITUDE: tl.constexpr, CHANNELWISE: tl.constexpr):
-    """1 for each channel of k in which any row is above its threshold, else 0."""
-    if CHANNELWISE:
+def limits(threshold, k, inside, COMPARE: tl.constexpr, CHANNELWISE: tl.constexpr):
+    """The threshold of each channel of k, or the one of all channels."""
+    if COMPARE == "nonzero":
+        limit = 0.0
+    elif CHANNELWISE:
         limit = tl.load(threshold + k, mask=inside, other=0.0)
     else:
         limit = tl.load(threshold)
-    found = k < 0
-    row = x
-    for _ in range(B):
-        value = tl.load(row + k, mask=inside, other=0.0).to(tl.float32)
-        if MAGNITUDE:
-            value = tl.abs(value)
-        found = found | (value > limit)
-        row += stride
+    return limit
+
+
+@triton.jit
+def above(value, limit, inside, COMPARE: tl.constexpr):
+    """1 where value is above its limit (or not zero), else 0."""
+    if COMPARE == "nonzero":
+        found = value != 0
+    elif COMPARE == "magnitude":
+        found = tl.abs(value.to(tl.float32)) > limit
+    else:
+        found = value.to(tl.float32) > limit
     return (found & inside).to(tl.int32)
 
 
 @triton.jit
-def compact_kernel(
-    x, threshold, index, count, B, K, stride,
-    MAGNITUDE: tl.constexpr, CHANNELWISE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+def list_active(index, k, here, before):
+    """Put each channel of k that is active (`here` = 1) in its place behind the `before` active ones ahead of k."""
+    place = before + tl.cumsum(here, 0) - here
+    tl.store(index + place.to(tl.int64), k, mask=here != 0)
+
+
+@triton.jit
+def list_kernel(
+    x, threshold, index, count, K, stride,
+    COMPARE: tl.constexpr, CHANNELWISE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """List the active channels of each row of x; a row of programs for each."""
     start = tl.program_id(0) * BLOCK
+    row = tl.program_id(1).to(tl.int64)
+    x += row * stride
     k = start + tl.arange(0, BLOCK)
-    here = active(x, threshold, k, k < K, B, stride, MAGNITUDE, CHANNELWISE)
+    limit = limits(threshold, k, k < K, COMPARE, CHANNELWISE)
+    begin(PDL)
+    value = tl.load(x + k, mask=k < K, other=0)  # needed last: it is on its way while earlier channels are counted
     earlier = tl.zeros([TILE], tl.int32)
     for first in range(0, start, TILE):
         j = first + tl.arange(0, TILE)
-        earlier += active(x, threshold, j, j < start, B, stride, MAGNITUDE, CHANNELWISE)
+        below = limits(threshold, j, j < start, COMPARE, CHANNELWISE)
+        earlier += above(tl.load(x + j, mask=j < start, other=0), below, j < start, COMPARE)
     before = tl.sum(earlier, 0)
-    tl.store(index + before + tl.cumsum(here, 0) - here, k, mask=here != 0)
+    here = above(value, limit, k < K, COMPARE)
+    list_active(index + row * K, k, here, before)
     if start + BLOCK >= K:
-        tl.store(count, before + tl.sum(here, 0))
+        tl.store(count + row, before + tl.sum(here, 0))
 
 
-def compact(x: Tensor, threshold: Tensor, magnitude: bool) -> tuple[Tensor, Tensor]:
+@triton.jit
+def mark_kernel(
+    x, threshold, mark, B, K, stride,
+    COMPARE: tl.constexpr, CHANNELWISE: tl.constexpr, BATCH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """mark[k] = 1 for each channel that is active in any row of x, else 0."""
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.arange(0, BATCH).to(tl.int64)[:, None]
+    inside = (b < B) & (k < K)[None, :]
+    limit = limits(threshold, k, k < K, COMPARE, CHANNELWISE)
+    if CHANNELWISE:
+        limit = limit[None, :]
+    begin(PDL)
+    value = tl.load(x + b * stride + k[None, :], mask=inside, other=0)
+    tl.store(mark + k, tl.max(above(value, limit, inside, COMPARE), 0).to(tl.int8), mask=k < K)
+
+
+@triton.jit
+def mask_kernel(index, count, mask, K, stride, TILE: tl.constexpr, PDL: tl.constexpr):
+    """mask[row, k] = 1 for each k in the list of the row, else 0; a program per row."""
+    begin(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    for first in range(0, K, TILE):
+        k = first + tl.arange(0, TILE)
+        tl.store(mask + row * K + k, 0, mask=k < K)
+    tl.debug_barrier()  # the ones below must come after the zeros
+    length = tl.load(count + row)
+    for first in range(0, length, TILE):
+        p = first + tl.arange(0, TILE)
+        k = tl.load(index + row * stride + p, mask=p < length, other=0)
+        tl.store(mask + row * K + k.to(tl.int64), 1, mask=p < length)
+
+
+@triton.jit
+def load_keys(row, j, K, LOWEST: tl.constexpr, SHIFT: tl.constexpr):
+    """Integers in the order of the float values at j: NaN counts as -inf, and whatever is beyond the row is lower.
+
+    SHIFT drops low bits that the dtype never sets, so that its values take fewer steps to tell apart.
+    """
+    value = tl.load(row + j, mask=j < K, other=0.0).to(tl.float32)
+    value = tl.where(value == value, value, float("-inf"))
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    return tl.where(j < K, (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT, LOWEST)
+
+
+@triton.jit
+def reaching(
+    keys, level, row, K, TILE: tl.constexpr, WHOLE: tl.constexpr, LOWEST: tl.constexpr, SHIFT: tl.constexpr
+):  # fmt: skip
+    """How many keys of the row are at least `level`."""
+    if WHOLE:
+        found = (keys >= level).to(tl.int32)
+    else:
+        found = tl.zeros([TILE], tl.int32)
+        for first in range(0, K, TILE):
+            j = first + tl.arange(0, TILE)
+            found += (load_keys(row, j, K, LOWEST, SHIFT) >= level).to(tl.int32)
+    return tl.sum(found, 0)
+
+
+@triton.jit
+def top_kernel(
+    score, index, count, K, k, stride,
+    TILE: tl.constexpr, WHOLE: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """List the k largest scores of a row: the k-th largest is found bit by bit, then everything from there up."""
+    begin(PDL)
+    b = tl.program_id(0).to(tl.int64)
+    row = score + b * stride
+    keys = load_keys(row, tl.arange(0, TILE), K, LOWEST, SHIFT)
+    found = reaching(keys, 0, row, K, TILE, WHOLE, LOWEST, SHIFT)
+    floor = tl.where(found >= k, 0, LOWEST)  # always reached by at least k keys
+    found = tl.where(found >= k, found, K)
+    bit = 30 - SHIFT
+    while (bit >= 0) & (found != k):
+        level = floor + (1 << bit)
+        higher = reaching(keys, level, row, K, TILE, WHOLE, LOWEST, SHIFT)
+        floor = tl.where(higher >= k, level, floor)
+        found = tl.where(higher >= k, higher, found)
+        bit -= 1
+    ties = k - reaching(keys, floor + 1, row, K, TILE, WHOLE, LOWEST, SHIFT)
+    larger, equal = 0, 0
+    for first in range(0, K, TILE):
+        j = first + tl.arange(0, TILE)
+        if not WHOLE:
+            keys = load_keys(row, j, K, LOWEST, SHIFT)
+        both = (keys > floor).to(tl.int32) + ((keys == floor).to(tl.int32) << 16)  # two counts in one scan
+        ahead = tl.cumsum(both, 0) - both
+        same = equal + (ahead >> 16)
+        place = larger + (ahead & 0xFFFF) + tl.minimum(same, ties)
+        tl.store(index + b * k + place.to(tl.int64), j, mask=(keys > floor) | ((keys == floor) & (same < ties)))
+        if not WHOLE:
+            total = tl.sum(both, 0)
+            larger += total & 0xFFFF
+            equal += total >> 16
+    tl.store(count + b, k)
+
+
+@triton.jit
+def statistical_kernel(
+    score, value, threshold, mark, multiplier, K, stride, SOFT: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr
+):
+    """A program per row: mean and deviation tile by tile, joined so that no precision is lost, then the selection."""
+    begin(PDL)
+    b = tl.program_id(0).to(tl.int64)
+    row = score + b * stride
+    mean, squares, seen = 0.0, 0.0, 0.0
+    for first in range(0, K, TILE):
+        k = first + tl.arange(0, TILE)
+        v = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
+        n = tl.minimum(K - first, TILE).to(tl.float32)
+        centre = tl.sum(v, 0) / n
+        off = tl.where(k < K, v - centre, 0.0)
+        step = centre - mean
+        squares += tl.sum(off * off, 0) + step * step * (seen * n / (seen + n))
+        seen += n
+        mean += step * (n / seen)
+    factor = tl.cast(multiplier, tl.float32)
+    infinite = tl.abs(factor) == float("inf")
+    limit = mean + tl.sqrt(squares / seen) * tl.where(infinite, 0.0, factor)
+    limit = tl.where(infinite, factor, limit)
+    tl.store(threshold + b, limit)
+    for first in range(0, K, TILE):
+        k = first + tl.arange(0, TILE)
+        v = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
+        keep = v > limit if SOFT else v >= limit
+        if SOFT:
+            v = tl.where(limit == float("-inf"), v, v - limit)
+        tl.store(value + b * K + k, tl.where(keep, v, 0.0).to(value.dtype.element_ty), mask=k < K)
+        tl.store(mark + b * K + k, keep.to(tl.int8), mask=k < K)
+
+
+@triton.jit
+def respond(v, NAME: tl.constexpr):
+    """The activation called NAME (see `RESPONSES`) of float32 values."""
+    if NAME == "tanh":
+        v = 2.0 * tl.sigmoid(2.0 * v) - 1.0
+    elif NAME == "abs":
+        v = tl.abs(v)
+    elif NAME != "identity":
+        v = activate(v, NAME)
+    return v
+
+
+@triton.jit
+def near_best_kernel(
+    score, share, near, index, count, B, E, BATCH: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr
+):
+    """In one program: list the experts that reach share times the best score of any row.
+
+    near: the scores, -inf where a row's score does not reach that.
+    """
+    b = tl.arange(0, BATCH)
+    rows = b.to(tl.int64)[:, None] * E
+    tau = tl.load(share)
+    begin(PDL)
+    best = tl.where(b < B, float("-inf"), 0.0)
+    for first in range(0, E, TILE):
+        e = first + tl.arange(0, TILE)
+        inside = (b < B)[:, None] & (e < E)[None, :]
+        best = tl.maximum(best, tl.max(tl.load(score + rows + e[None, :], mask=inside, other=float("-inf")), 1))
+    level = (tau * best)[:, None]
+    before = 0
+    for first in range(0, E, TILE):
+        e = first + tl.arange(0, TILE)
+        inside = (b < B)[:, None] & (e < E)[None, :]
+        v = tl.load(score + rows + e[None, :], mask=inside, other=0.0)
+        reached = inside & (v >= level)
+        here = tl.max(reached.to(tl.int32), 0)
+        list_active(index, e, here, before)
+        before += tl.sum(here, 0)
+        tl.store(near + rows + e[None, :], tl.where(reached, v, float("-inf")), mask=inside)
+    tl.store(count, before)
+
+
+@triton.jit
+def score_kernel(
+    x, weight, bias, score, B, D, E, stride_x, stride_w,
+    BIAS: tl.constexpr, NORMALIZE: tl.constexpr, ACTIVATION: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """score[b, e] = act(x[b] . weight[e] + bias[e]) for ROWS experts a program."""
+    b = tl.arange(0, BATCH)
+    e = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    rows = weight + e.to(tl.int64)[:, None] * stride_w
+    if WHOLE:  # all weights of the program are on their way before the kernel that writes x has finished
+        w = tl.load(
+            rows + column[None, :], mask=(e < E)[:, None] & (column < D)[None, :], other=0.0,
+            eviction_policy="evict_first",
+        )  # fmt: skip
+    begin(PDL)
+    if WHOLE:
+        v = tl.load(x + column[None, :], mask=(column < D)[None, :], other=0.0).to(tl.float32)
+        logit = tl.sum(w.to(tl.float32) * v, 1)[None, :]
+        squares = tl.sum(v * v)
+    else:
+        logit = tl.zeros([BATCH, ROWS], tl.float32)
+        squares = tl.zeros([BATCH, 1], tl.float32)
+        for first in tl.range(0, D, COLUMNS, num_stages=STAGES):
+            d = first + column
+            w = tl.load(
+                rows + d[None, :], mask=(e < E)[:, None] & (d < D)[None, :], other=0.0, eviction_policy="evict_first"
+            )
+            v = tl.load(
+                x + b.to(tl.int64)[:, None] * stride_x + d[None, :], mask=(b < B)[:, None] & (d < D)[None, :],
+                other=0.0, eviction_policy="evict_last",
+            )  # fmt: skip
+            if BATCH == 1:
+                logit += tl.sum(w.to(tl.float32) * v.to(tl.float32), 1)[None, :]
+            elif UPCAST:
+                logit = tl.dot(v.to(tl.float32), tl.trans(w.to(tl.float32)), logit, input_precision="ieee")
+            else:
+                logit = tl.dot(v, tl.trans(w), logit, input_precision="ieee")
+            if NORMALIZE:
+                squares += tl.sum(v.to(tl.float32) * v.to(tl.float32), 1)[:, None]
+    if NORMALIZE:
+        logit /= tl.maximum(tl.sqrt(squares), 1e-12)
+    if BIAS:
+        logit += tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)[None, :]
+    logit = respond(logit, ACTIVATION)
+    inside = (b < B)[:, None] & (e < E)[None, :]
+    place = score + b.to(tl.int64)[:, None] * E + e[None, :]
+    tl.store(place, logit.to(score.dtype.element_ty), mask=inside)
+
+
+def empty_list(slots: int, device: torch.device, lists: int | None = None) -> tuple[Tensor, Tensor]:
+    """Room for one list (index [slots], count [1]), or for one per row (index [lists, slots], count [lists])."""
+    shape = (slots,) if lists is None else (lists, slots)
+    index = torch.empty(shape, dtype=torch.int32, device=device)
+    return index, torch.empty(lists or 1, dtype=torch.int32, device=device)
+
+
+def lists(
+    x: Tensor, threshold: Tensor | None, compare: str, index: Tensor, count: Tensor, config: Scan | None = None
+) -> tuple[Tensor, Tensor]:
+    """List each row of x [B, K] in index, count."""
     batch, channels = x.shape
-    index = torch.empty(channels, dtype=torch.int32, device=x.device)
-    count = torch.empty(1, dtype=torch.int32, device=x.device)
-    tile = max(BLOCK, min(MAX_TILE, power_of_2(channels)))
+    config = config or pick(LAUNCH, x.device)["list"]
+    block = max(32, min(config.block, power_of_2(channels)))
+    tile = max(block, min(RECOUNT, power_of_2(channels)))
     run(
-        compact_kernel, (triton.cdiv(channels, BLOCK),),
-        x, threshold, index, count, batch, channels, x.stride(0),
-        MAGNITUDE=magnitude, CHANNELWISE=threshold.numel() > 1, BLOCK=BLOCK, TILE=tile,
-        num_warps=min(16, max(4, tile // 512)),
+        list_kernel, (triton.cdiv(channels, block), batch), x, threshold, index, count, channels, x.stride(0),
+        COMPARE=compare, CHANNELWISE=threshold is not None and threshold.numel() > 1, BLOCK=block, TILE=tile,
+        num_warps=config.warps_for(tile),
     )  # fmt: skip
     return index, count
+
+
+def list_any(
+    x: Tensor, threshold: Tensor | None, compare: str, config: Scan | None = None, mark: Scan | None = None
+) -> tuple[Tensor, Tensor]:
+    """One list of what is active in any row of x [B, K]."""
+    batch, channels = x.shape
+    if batch > 1:
+        mark = mark or pick(LAUNCH, x.device)["mark"]
+        block = max(32, min(mark.block // power_of_2(batch), power_of_2(channels)))
+        marks = torch.empty(1, channels, dtype=torch.int8, device=x.device)
+        run(
+            mark_kernel, (triton.cdiv(channels, block),), x, threshold, marks, batch, channels, x.stride(0),
+            COMPARE=compare, CHANNELWISE=threshold is not None and threshold.numel() > 1, BATCH=power_of_2(batch),
+            BLOCK=block, num_warps=mark.warps_for(block * power_of_2(batch)),
+        )  # fmt: skip
+        x, threshold, compare = marks, None, "nonzero"
+    return lists(x, threshold, compare, *empty_list(channels, x.device), config)
+
+
+def compact(x: Tensor, threshold: Tensor, magnitude: bool, *config: Scan) -> tuple[Tensor, Tensor]:
+    return list_any(x, threshold, "magnitude" if magnitude else "value", *config)
+
+
+def to_index(mask: Tensor) -> tuple[Tensor, Tensor]:
+    rows = mask.view(-1, mask.shape[-1]).view(torch.int8)
+    index, count = lists(rows, None, "nonzero", *empty_list(rows.shape[1], mask.device, rows.shape[0]))
+    return index.view(mask.shape), count
+
+
+def union(mask: Tensor) -> tuple[Tensor, Tensor]:
+    return list_any(mask.view(torch.int8), None, "nonzero")
+
+
+def to_mask(index: Tensor, count: Tensor, size: int, config: Scan | None = None) -> Tensor:
+    config = config or pick(LAUNCH, index.device)["mask"]
+    mask = torch.empty(*index.shape[:-1], size, dtype=torch.bool, device=index.device)
+    tile = min(config.block, power_of_2(size))
+    run(
+        mask_kernel, (count.numel(),), index, count, mask.view(torch.int8), size, index.shape[-1],
+        TILE=tile, num_warps=config.warps_for(tile),
+    )  # fmt: skip
+    return mask
+
+
+def union_lists(index: Tensor, count: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    return union(to_mask(index, count, size))
+
+
+def top_k(score: Tensor, k: int, config: Scan | None = None) -> tuple[Tensor, Tensor]:
+    batch, channels = score.shape
+    config = config or pick(LAUNCH, score.device)["top"]
+    whole = channels <= config.block
+    tile = power_of_2(channels) if whole else config.block // 2
+    shift = {torch.bfloat16: 16, torch.float16: 13}.get(score.dtype, 0)
+    index, count = empty_list(k, score.device, batch)
+    run(
+        top_kernel, (batch,), score, index, count, channels, k, score.stride(0),
+        TILE=tile, WHOLE=whole, SHIFT=shift, LOWEST=-(1 << (31 - shift)), num_warps=config.warps_for(tile),
+    )  # fmt: skip
+    return index, count
+
+
+def statistical_top_k(
+    score: Tensor, multiplier: float, soft: bool, config: Scan | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    (batch, channels), device = score.shape, score.device
+    config = config or pick(LAUNCH, device)["statistics"]
+    tile = min(config.block, power_of_2(channels))
+    value = torch.empty_like(score, memory_format=torch.contiguous_format)
+    threshold = torch.empty(batch, dtype=torch.float32, device=device)
+    marks = torch.empty(batch, channels, dtype=torch.int8, device=device)
+    run(
+        statistical_kernel, (batch,), score, value, threshold, marks, multiplier, channels, score.stride(0),
+        SOFT=soft, TILE=tile, num_warps=config.warps_for(tile),
+    )  # fmt: skip
+    return value, threshold, *union(marks)
+
+
+def scores(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    normalize: bool,
+    narrow: bool,
+    config: Score | None = None,
+) -> Tensor:
+    (batch, width), experts = x.shape, weight.shape[0]
+    config = config or pick(SCORE, x.device)[padded_batch(batch), experts > MANY]
+    columns = min(config.columns, max(16, power_of_2(width)))
+    rows = max(1 if batch == 1 else 16, min(config.elements // columns, power_of_2(experts)))
+    score = torch.empty(batch, experts, dtype=x.dtype if narrow else torch.float32, device=x.device)
+    run(
+        score_kernel, (triton.cdiv(experts, rows),),
+        x, weight, bias, score, batch, width, experts, x.stride(0), weight.stride(0),
+        BIAS=bias is not None, NORMALIZE=normalize, ACTIVATION=activation, BATCH=padded_batch(batch), ROWS=rows,
+        COLUMNS=columns, WHOLE=batch == 1 and columns >= width, STAGES=config.stages, UPCAST=interpreting(),
+        num_warps=config.warps,
+    )  # fmt: skip
+    return score
+
+
+def near_best(score: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    batch, experts = score.shape
+    config = pick(LAUNCH, score.device)["near best"]
+    near = torch.empty_like(score)
+    index, count = empty_list(experts, score.device)
+    tile = max(16, min(config.block // power_of_2(batch), power_of_2(experts)))
+    run(
+        near_best_kernel, (1,), score, share, near, index, count, batch, experts,
+        BATCH=power_of_2(batch), TILE=tile, num_warps=config.warps_for(tile * power_of_2(batch)),
+    )  # fmt: skip
+    return near, index, count

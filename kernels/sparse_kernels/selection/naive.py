@@ -1,13 +1,84 @@
-"""Definition of `compact`."""
+"""Definitions of the selections: from scores and thresholds to masks and index lists."""
+
+import math
+from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+RESPONSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda v: v,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+    "abs": torch.abs,
+}
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the precision of accumulation: float32, or float64 as it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def to_index(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The active entries of mask [..., K], ascending: (index int32 [..., K], count int32 [rows])."""
+    rows = mask.reshape(-1, mask.shape[-1]) != 0
+    first = rows.int().argsort(dim=1, descending=True, stable=True)  # active entries first, in their order
+    return first.int().reshape(mask.shape), rows.sum(1, dtype=torch.int32)
+
+
+def to_mask(index: Tensor, count: Tensor, size: int) -> Tensor:
+    """The mask [..., size] of the lists index [..., L], count [rows]."""
+    lists = index.reshape(count.numel(), -1).long()
+    listed = torch.arange(lists.shape[1], device=index.device) < count[:, None]
+    mask = torch.zeros(count.numel(), size + 1, dtype=torch.bool, device=index.device)
+    mask.scatter_(1, torch.where(listed, lists, size), True)  # unused slots go to a column of their own
+    return mask[:, :size].reshape(*index.shape[:-1], size).contiguous()
 
 
 def compact(x: Tensor, threshold: Tensor, magnitude: bool) -> tuple[Tensor, Tensor]:
     """The channels in which any row of x [B, K] is above its threshold: (index int32 [K], count int32 [1])."""
     value = x.float().abs() if magnitude else x.float()
-    active = (value > threshold).any(0).nonzero().flatten().int()
-    index = torch.zeros(x.shape[1], dtype=torch.int32, device=x.device)
-    index[: active.numel()] = active
-    return index, torch.full((1,), active.numel(), dtype=torch.int32, device=x.device)
+    return union(value > threshold)
+
+
+def union(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The channels that are active in any row of mask [B, K]: (index int32 [K], count int32 [1])."""
+    return to_index((mask != 0).any(0))
+
+
+def union_lists(index: Tensor, count: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The channels in any of the lists index [B, L], count [B]: (index int32 [size], count int32 [1])."""
+    return union(to_mask(index, count, size))
+
+
+def top_k(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of score [B, K], ascending by position: (index int32 [B, k], count int32 [B])."""
+    value = torch.where(score.isnan(), float("-inf"), score)
+    best = value.argsort(dim=1, descending=True, stable=True)[:, :k]
+    count = torch.full((score.shape[0],), k, dtype=torch.int32, device=score.device)
+    return best.sort(1).values.int(), count
+
+
+def statistical_top_k(score: Tensor, multiplier: float, soft: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What of score [B, K] is above mean + multiplier * std of its row: (value, threshold [B], index, count)."""
+    v = wide(score)
+    std, mean = torch.std_mean(v, 1, correction=0)
+    threshold = mean + std * multiplier if math.isfinite(multiplier) else torch.full_like(mean, multiplier)
+    limit = threshold[:, None]
+    keep = v > limit if soft else v >= limit
+    kept = torch.where(limit == -float("inf"), v, v - limit) if soft else v
+    return torch.where(keep, kept, 0).to(score.dtype), threshold.float(), *union(keep)
+
+
+def scores(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, normalize: bool, narrow: bool) -> Tensor:
+    """Scores act(weight x / |x| + bias) [B, E] of x [B, d], in x's dtype if narrow."""
+    v = F.normalize(wide(x)) if normalize else wide(x)
+    score = RESPONSES[activation](F.linear(v, wide(weight), None if bias is None else wide(bias)))
+    return score.to(x.dtype) if narrow else score
+
+
+def near_best(score: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """score [B, E], -inf where it is less than share times its row's best, and the list of what any row keeps."""
+    keep = score >= share * score.amax(1, keepdim=True)
+    return score.masked_fill(~keep, -float("inf")), *union(keep)

@@ -1,0 +1,211 @@
+"""Registered operators `attention_decode` and `rope_cache_write`."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from sparse_kernels.attention import naive
+from sparse_kernels.launch import DTYPES, MAX_BATCH, require, require_rows, use_triton
+
+MAX_DIM = 256
+MAX_GROUP = 32
+
+
+def require_heads(name: str, x: Tensor) -> None:
+    """Check that x is [B, H, D] with 1 <= B <= 64, D <= 256, contiguous rows and a dtype the kernels compute in."""
+    require(x.dim() == 3 and min(x.shape) >= 1, "{} must have shape [batch, heads, dim], got {}.", name, x.shape)
+    require(x.shape[0] <= MAX_BATCH, "{} must have 1 to {} rows, got {}.", name, MAX_BATCH, x.shape[0])
+    require(x.shape[2] <= MAX_DIM, "{} must have at most {} channels a head, got {}.", name, MAX_DIM, x.shape[2])
+    known = x.dtype in DTYPES or (x.dtype == torch.float64 and not x.is_cuda)
+    require(known, "{} must be float32, float16 or bfloat16, got {}.", name, x.dtype)
+    require(x.shape[2] == 1 or x.stride(2) == 1, "{} must have contiguous rows, got strides {}.", name, x.stride())
+
+
+def require_integers(name: str, tensor: Tensor, like: Tensor, shapes: tuple[tuple[int, ...], ...], *dtypes) -> None:
+    """Check that a tensor of integers is contiguous, has one of the shapes and dtypes, and is on like's device."""
+    fits = tuple(tensor.shape) in shapes and tensor.dtype in dtypes and tensor.is_contiguous()
+    wanted = " or ".join(str(list(shape)) for shape in dict.fromkeys(shapes))
+    require(fits, "{} must be contiguous {} {}, got {} {}.", name, dtypes[0], wanted, tensor.dtype, tensor.shape)
+    require(tensor.device == like.device, "{} must be on {}, got {}.", name, like.device, tensor.device)
+
+
+def require_caches(query: Tensor, **caches: Tensor) -> None:
+    """Check that both caches are [B, Hkv, N, D] for the heads of query."""
+    (batch, heads, dim), (name, first) = query.shape, next(iter(caches.items()))
+    shape = first.shape
+    fits = first.dim() == 4 and min(shape) >= 1 and heads % shape[1] == 0
+    sentence = "{} must have shape [batch, groups, positions, dim], groups dividing {} heads, got {}."
+    require(fits, sentence, name, heads, shape)
+    require(heads <= MAX_GROUP * shape[1], "A KV group must have at most {} query heads.", MAX_GROUP)
+    for name, cache in caches.items():
+        require_rows(name, cache, query, (batch, *shape[1:3], dim))
+
+
+def attention_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    heads: tuple[Tensor, Tensor] | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Attend with one new token per sequence to a static cache, with the listed KV groups only.
+
+    query: [B, Hq, D], 1 <= B <= 64, D <= 256, float32, float16 or bfloat16. key, value: [B, Hkv, N, D] with Hq a
+    multiple of Hkv, at most 32 times, such as `layer.keys` and `layer.values` of transformers' StaticCache; any strides
+    with contiguous rows. lengths: int32 or int64, [B] or, for all sequences, [1]: how many positions from the first are
+    valid, the new token's among them; 0 gives zeros. heads: (index int32 [B, S], count int32 [B]): sequence b keeps the
+    KV groups index[b, : count[b]], all different, in any order, each with all its query heads; None keeps all.
+    scale: of the scores, D ** -0.5 by default. window: attend to the last `window` valid positions only. softcap:
+    limit scaled scores s to softcap * tanh(s / softcap).
+    Returns [B, Hq, D] in query's dtype, softmax in float32 and in a fixed order; exact zeros for the other groups,
+    whose cache is never read, nor is what lies behind a length. The host does not wait for lengths or lists.
+    Raises ValueError outside this domain.
+
+    Per-sequence lists of heads follow Polar Sparsity (Shrestha et al., 2025, arXiv:2505.14884).
+    """
+    require_heads("query", query)
+    require_caches(query, key=key, value=value)
+    batch, groups = key.shape[:2]
+    require_integers("lengths", lengths, query, ((batch,), (1,)), torch.int32, torch.int64)
+    index, count = heads or (None, None)
+    if index is not None and count is not None:
+        fits = index.dim() == 2 and 1 <= index.shape[1] <= groups
+        sentence = "heads lists KV groups, each kept with all its query heads: 1 to {} slots per sequence, got {}."
+        require(fits, sentence, groups, index.shape)
+        require_integers("index", index, query, ((batch, index.shape[1]),), torch.int32)
+        require_integers("count", count, query, ((batch,),), torch.int32)
+    require(window is None or window >= 1, "window must be at least 1, got {}.", window)
+    require(softcap is None or softcap > 0, "softcap must be positive, got {}.", softcap)
+    scale = query.shape[2] ** -0.5 if scale is None else scale
+    return torch.ops.sparse_kernels.attention_decode(
+        query, key, value, lengths, index, count, scale, window or 0, softcap or 0.0
+    )
+
+
+def rope_cache_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    position: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Rotate the query and key of one new token per sequence and write key and value into the cache, in one launch.
+
+    query: [B, Hq, D], key, value: [B, Hkv, D], 1 <= B <= 64, even D <= 256, contiguous rows and any other strides, such
+    as parts of one projection. cos, sin: contiguous [B, D] or [1, D] in query's dtype, as transformers makes them, for
+    x * cos + rotate_half(x) * sin over all of D; None to leave out the rotation. position: int64 or int32, [B] or [1],
+    at least 0 and less than N: where to write. key_cache, value_cache: [B, Hkv, N, D], written in place, as in
+    `attention_decode`. query_norm, key_norm: [D], weights of an RMSNorm of each head before the rotation, in query's
+    dtype (rounded before the product, as Qwen3 does) or float32 (rounded after it, as Gemma 3 does with 1 + weight);
+    eps is theirs.
+    Returns the rotated query [B, Hq, D]. Products and their sum are rounded to the dtype one by one as transformers'
+    apply_rotary_pos_emb rounds them: equal to the bit in half precision, where a norm sums in another order to 1 ulp.
+    Raises ValueError outside this domain.
+    """
+    require_heads("query", query)
+    batch, heads, dim = query.shape
+    require(dim % 2 == 0, "query must have an even number of channels a head, got {}.", dim)
+    require_caches(query, key_cache=key_cache, value_cache=value_cache)
+    groups = key_cache.shape[1]
+    require_rows("key", key, query, (batch, groups, dim))
+    require_rows("value", value, query, (batch, groups, dim))
+    require((cos is None) == (sin is None), "cos and sin go together.")
+    if cos is not None and sin is not None:
+        for name, table in (("cos", cos), ("sin", sin)):
+            require_rows(name, table, query, (1 if table.shape[0] == 1 else batch, dim))
+            require(table.is_contiguous(), "{} must be contiguous, got strides {}.", name, table.stride())
+        require(cos.shape == sin.shape, "cos and sin must have one shape, got {} and {}.", cos.shape, sin.shape)
+    for name, norm in (("query_norm", query_norm), ("key_norm", key_norm)):
+        if norm is not None:
+            fits = norm.shape == (dim,) and norm.dtype in (query.dtype, torch.float32) and norm.is_contiguous()
+            got = (norm.dtype, norm.shape)
+            require(fits, "{} must be a contiguous {} or float32 [{}], got {} {}.", name, query.dtype, dim, *got)
+            require(norm.device == query.device, "{} must be on {}, got {}.", name, query.device, norm.device)
+    require_integers("position", position, query, ((batch,), (1,)), torch.int64, torch.int32)
+    return torch.ops.sparse_kernels.rope_cache_write(
+        query, key, value, cos, sin, position, key_cache, value_cache, query_norm, key_norm, eps
+    )
+
+
+@torch.library.custom_op(
+    "sparse_kernels::attention_decode",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor lengths, Tensor? index, Tensor? count, float scale,"
+    " int window, float softcap) -> Tensor",
+)
+def _attention_decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: Tensor,
+    index: Tensor | None,
+    count: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    arguments = (query, key, value, lengths, index, count, scale, window, softcap)
+    if not use_triton(query):
+        return naive.attention_decode(*arguments)
+    from sparse_kernels.attention import kernel
+
+    return kernel.attention_decode(*arguments)
+
+
+@_attention_decode.register_fake
+def _(query, key, value, lengths, index, count, scale, window, softcap):
+    return query.new_empty(query.shape)
+
+
+@register_flop_formula(torch.ops.sparse_kernels.attention_decode)
+def _flops(query_shape, key_shape, *args, **kwargs) -> int:
+    """Those of attention with all heads to the whole cache: what is skipped is not known from shapes."""
+    batch, heads, dim = query_shape
+    return 4 * batch * heads * dim * key_shape[2]
+
+
+@torch.library.custom_op(
+    "sparse_kernels::rope_cache_write",
+    mutates_args=("key_cache", "value_cache"),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, Tensor position, Tensor(a!) key_cache,"
+    " Tensor(b!) value_cache, Tensor? query_norm, Tensor? key_norm, float eps) -> Tensor",
+)
+def _rope_cache_write(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    position: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+) -> Tensor:
+    arguments = (query, key, value, cos, sin, position, key_cache, value_cache, query_norm, key_norm, eps)
+    if not use_triton(query):
+        return naive.rope_cache_write(*arguments)
+    from sparse_kernels.attention import kernel
+
+    return kernel.rope_cache_write(*arguments)
+
+
+@_rope_cache_write.register_fake
+def _(query, key, value, cos, sin, position, key_cache, value_cache, query_norm, key_norm, eps):
+    return query.new_empty(query.shape)
+
+
+@register_flop_formula(torch.ops.sparse_kernels.rope_cache_write)
+def _rope_flops(*args, **kwargs) -> int:
+    """None: the rotation is no matrix product."""
+    return 0

@@ -1,0 +1,26 @@
+"""How the kernels of `expert_ffn_prefill` are launched, per GPU architecture."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Routed:
+    """How a product over routed tokens is launched.
+
+    tokens: rows of x per program. neurons: of an expert per program (hidden) or step (down). columns: channels per
+    step (hidden) or outputs per program (down). warps, stages: warps per program and depth of the software pipeline.
+    """
+
+    tokens: int
+    neurons: int
+    columns: int
+    warps: int
+    stages: int
+
+
+LAUNCH = {
+    90: {
+        "hidden": Routed(tokens=128, neurons=64, columns=64, warps=8, stages=4),
+        "down": Routed(tokens=128, neurons=64, columns=128, warps=8, stages=7),
+    }
+}

@@ -1,0 +1,1 @@
+"""Feed-forward networks that compute only selected neurons."""

@@ -1,0 +1,68 @@
+"""How the kernels of feed-forward networks are launched, per GPU architecture."""
+
+from dataclasses import dataclass
+
+import torch
+
+from sparse_kernels.launch import Launch, multiprocessors, pick, power_of_2
+
+MAX_ROW_BYTES = 16384  # of a neuron's row that a program takes whole: what it keeps of x and of the sum are registers
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a kernel that takes whole rows of weights is launched.
+
+    rows, warps: neurons per step and warps per program where a row has 8 KiB; fewer neurons where rows are longer, and
+    warps in proportion to the row.
+    stages: depth of the software pipeline; 1 loads the next step's rows into registers before this step is computed.
+    programs: programs per multiprocessor.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+    programs: int
+
+    def fit(self, width: int, itemsize: int) -> tuple[int, int]:
+        """Rows and warps for rows of `width` elements."""
+        size = power_of_2(width) * itemsize
+        return max(1, self.rows * 8192 // max(8192, size)), max(1, min(16, self.warps * size // 8192))
+
+    def count(self, neurons: int, device: torch.device) -> int:
+        """Programs of the fixed grid."""
+        return min(self.programs * multiprocessors(device), neurons)
+
+
+# By what is computed and how many rows of a neuron that reads. "all": every neuron; "list": the listed ones; "first":
+# the activations of all neurons; "survivors": the rest of the FFN for those above the threshold.
+LAUNCH: dict[int, dict[tuple[str, int], Rows]] = {
+    90: {
+        ("all", 3): Rows(rows=1, warps=8, stages=1, programs=2),
+        ("all", 2): Rows(rows=2, warps=8, stages=1, programs=2),
+        ("list", 3): Rows(rows=1, warps=8, stages=4, programs=2),
+        ("list", 2): Rows(rows=1, warps=8, stages=4, programs=2),
+        ("first", 1): Rows(rows=2, warps=8, stages=4, programs=2),
+        ("survivors", 2): Rows(rows=1, warps=8, stages=4, programs=2),
+        ("survivors", 1): Rows(rows=2, warps=8, stages=4, programs=2),
+    }
+}
+# Keyed by the batch padded to what the matrix units take.
+HIDDEN: dict[int, dict[int, Launch]] = {
+    90: {
+        1: Launch(rows=4, columns=1024, warps=4, stages=2, programs=4),
+        16: Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
+        32: Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
+        64: Launch(rows=32, columns=128, warps=4, stages=3, programs=2),
+    }
+}
+
+
+def takes_rows(x: torch.Tensor, down_t: torch.Tensor) -> bool:
+    """Whether the kernels that take whole rows serve this call: one row of x, rows short enough for registers."""
+    return x.shape[0] == 1 and power_of_2(max(x.shape[1], down_t.shape[1])) * x.element_size() <= MAX_ROW_BYTES
+
+
+def fused_launch(gated: bool, listed: bool, device: torch.device) -> Rows:
+    """How `neuron_ffn` is launched for one row of x."""
+    return pick(LAUNCH, device)["list" if listed else "all", 2 + gated]

@@ -1,0 +1,193 @@
+"""The decode runtime: a model's decoder blocks assembled from the shared operators, for decode steps.
+
+Within `runtime(model, handle)` a decoder block that is given one token per sequence and a static cache runs as a few
+fused launches: norm, threshold and list | q, k and v at once | rotation and cache | attention | o, residual | and the
+same for the FFN. Selections are those of the sparse layers that a method attached; without any, the same runtime is a
+dense baseline. Everything else (prompts, other caches) runs as before, and afterwards the model is as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_kernels import attention_decode, residual_norm, rope_cache_write, row_stats, threshold_linear
+from sparse_kernels.layers import FAST_ROWS, SparseLayer, SparseLinear
+
+from .errors import UsageError
+from .families import activation_of, layout_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .base import SparseModel
+
+NORMS = {"rms": "variance_epsilon", "layer": "eps"}
+DENSE = -1.0  # no magnitude is below it
+
+
+@dataclass
+class Step:
+    """What the blocks of one decode step hand on: `stats` of the residual stream `hidden`, for the next norm."""
+
+    hidden: Tensor | None = None
+    stats: Tensor | None = None
+    lengths: Tensor | None = None
+
+
+class Projection:
+    """Linear layers side by side, transposed, with a threshold each; None for all of them if none is sparse."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        linears: list[Any] = [m.linear if isinstance(m, SparseLinear) else m for m in modules]
+        self.layers = [m if isinstance(m, SparseLinear) else None for m in modules]
+        self.widths = [linear.out_features for linear in linears]
+        self.weight_t = torch.cat([linear.weight.detach() for linear in linears]).t().contiguous()
+        given = [linear.bias for linear in linears]
+        first = self.weight_t
+        self.bias = None
+        if any(b is not None for b in given):
+            zeros = [first.new_zeros(width) for width in self.widths]
+            self.bias = torch.cat([z if b is None else b.detach() for z, b in zip(zeros, given, strict=True)])
+        self.threshold: Tensor | None = None
+        if any(layer is not None for layer in self.layers):
+            dense = torch.full((1,), DENSE, device=first.device)
+            self.threshold = torch.cat([dense if layer is None else layer.threshold for layer in self.layers])
+
+    def __call__(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        """(output or its parts, stats); also leaves with each sparse layer how many channels it read."""
+        options.setdefault("bias", None if options.get("partial") else self.bias)
+        y, counts, stats = threshold_linear(x, self.weight_t, self.threshold, self.widths, **options)
+        for segment, layer in enumerate(self.layers):
+            if layer is not None and counts.numel():
+                layer.count = counts[segment]
+        return y, stats
+
+
+class Norm:
+    """A norm module as the operators take it."""
+
+    def __init__(self, module: Any) -> None:
+        self.kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
+        self.weight, self.bias = module.weight, getattr(module, "bias", None)
+        self.eps = float(getattr(module, NORMS[self.kind]))
+
+    def options(self, stats: Tensor) -> dict[str, Any]:
+        return dict(norm=self.kind, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, stats=stats)
+
+
+class FastBlock:
+    """One decoder block: `forward` takes the place of the module's own, which it calls whenever it cannot serve."""
+
+    def __init__(self, model: PreTrainedModel, module: Any, index: int, last: bool, step: Step, phase: Any) -> None:
+        layout = layout_of(model.config)
+        find = module.get_submodule
+        self.module, self.slow, self.index, self.last = module, module.forward, index, last
+        self.step, self.phase = step, phase
+        attention: Any = find("self_attn")
+        self.qkv = Projection([find(layout.linears[name]) for name in "qkv"])
+        self.o = Projection([find(layout.linears["o"])])
+        self.first, self.second = (Norm(find(path)) for path in layout.norms)
+        self.dim: int = attention.head_dim
+        self.scale: float = attention.scaling
+        self.query_norm = getattr(getattr(attention, "q_norm", None), "weight", None)
+        self.key_norm = getattr(getattr(attention, "k_norm", None), "weight", None)
+        self.head_eps = float(getattr(getattr(attention, "q_norm", None), "variance_epsilon", 1e-6))
+        self.ffn: Any = None
+        leader = find(layout.ffn[0])
+        if isinstance(leader, SparseLayer) and not isinstance(leader, SparseLinear):
+            self.ffn = leader
+            leader.materialize()
+        else:
+            names = ("gate", "up") if "gate" in layout.linears else ("up",)
+            self.up = Projection([find(layout.linears[name]) for name in names])
+            self.down = Projection([find(layout.linears["down"])])
+            self.activation, self.gated = activation_of(model.config), len(names) == 2
+
+    def serves(self, hidden: Tensor, cache: Any) -> bool:
+        """One token per sequence, a static cache with something in it, every position sparse, nobody counting."""
+        if hidden.shape[1] != 1 or hidden.shape[0] > FAST_ROWS or not hasattr(cache, "layers"):
+            return False
+        layer = cache.layers[self.index]
+        if getattr(layer, "is_sliding", True) or not isinstance(getattr(layer, "cumulative_length", None), Tensor):
+            return False
+        return layer.is_initialized and (self.phase is None or self.phase())
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        if args or not self.serves(hidden_states, cache):
+            return self.slow(hidden_states, *args, **kwargs)
+        step, layer = self.step, cache.layers[self.index]
+        batch = hidden_states.shape[0]
+        h = hidden_states[:, 0]
+        if self.index == 0:
+            step.lengths = (layer.cumulative_length.reshape(1) + 1).int()
+            step.hidden = None
+        assert step.lengths is not None
+        stats = step.stats if step.hidden is hidden_states and step.stats is not None else row_stats(h)
+
+        qkv, _ = self.qkv(h, **self.first.options(stats))
+        q, k, v = (part.view(batch, -1, self.dim) for part in qkv.split(self.qkv.widths, 1))
+        position = layer.cumulative_length.reshape(1)
+        embeddings = kwargs.get("position_embeddings") or (None, None)
+        cos, sin = (t if t is None else t[:, 0].contiguous() for t in embeddings)
+        q = rope_cache_write(
+            q, k, v, cos, sin, position, layer.keys, layer.values, self.query_norm, self.key_norm, self.head_eps
+        )
+        mixed = attention_decode(q, layer.keys, layer.values, step.lengths, scale=self.scale).view(batch, -1)
+
+        if self.ffn is None:
+            h, stats = self.o(mixed, residual=h, with_stats=True)
+            x, _ = self.up(h, partial=self.up.bias is None, **self.second.options(stats))
+            h, stats = self.down(x, activation=self.activation, gated=self.gated, residual=h, with_stats=True)
+        else:
+            mixed, _ = self.o(mixed)
+            h, x = residual_norm(mixed, h, self.second.weight, self.second.bias, self.second.eps, self.second.kind)
+            h = h + self.ffn(x[:, None])[:, 0]
+            stats = row_stats(h)
+        if self.last:
+            torch._foreach_add_([entry.cumulative_length for entry in cache.layers], 1)
+        step.hidden, step.stats = h[:, None], stats
+        return step.hidden
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """One sentence when the runtime has no block for this model, else None."""
+    layout = layout_of(model.config)
+    if layout.norms is None:
+        return f"the decode runtime has no block for architecture '{model.config.model_type}' yet."
+    if getattr(model.config, "do_layer_norm_before", True) is False:
+        return "the decode runtime norms before attention and FFN, this model after them."
+    return None
+
+
+@contextmanager
+def runtime(model: PreTrainedModel, handle: SparseModel | None = None) -> Iterator[list[FastBlock]]:
+    """Within: decode steps of `model` over a StaticCache run through the fused operators.
+
+    handle: the attached method, whose selections are used; None for the dense model. Prompts of a batch must be of one
+    length, without padding. Transposed copies of the blocks' weights exist until the end of the `with` block. A CUDA
+    graph captured within stays valid afterwards as long as its owner keeps what `with` returns.
+    Raises UsageError for an architecture without a block.
+    """
+    reason = why_not(model)
+    if reason:
+        raise UsageError(reason)
+    modules = list(model.get_submodule(layout_of(model.config).layers).children())
+    step = Step()
+    phase: Callable[[], bool] | None = None
+    if handle is not None:
+        phase = lambda: handle.phase.active is True and not handle.meter.enabled  # noqa: E731
+    blocks = [FastBlock(model, m, i, i + 1 == len(modules), step, phase) for i, m in enumerate(modules)]
+    try:
+        for block in blocks:
+            block.module.forward = block.forward
+        yield blocks
+    finally:
+        for block in blocks:
+            block.module.__dict__.pop("forward", None)

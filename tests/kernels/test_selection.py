@@ -1,0 +1,439 @@
+import math
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import choose, close, double, limits
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparse_kernels import (
+    compact,
+    gaussian_multiplier,
+    linear_router,
+    low_rank_predictor,
+    router_scores,
+    statistical_top_k,
+    to_index,
+    to_mask,
+    top_k,
+    union,
+    union_lists,
+)
+from sparse_kernels.selection import cost, naive
+from sparse_kernels.selection.launch import Scan, Score
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+@pytest.fixture
+def kernel(device) -> types.ModuleType:
+    """The kernels' launchers, for launches that the table does not choose at small shapes."""
+    from sparse_kernels.selection import kernel
+
+    return kernel
+
+
+def same(actual, expected):
+    """Whether two lists, or lists per row, have the same length and entries."""
+    lengths = expected[1].tolist()
+    rows = [t.reshape(len(lengths), -1) for t in (actual[0], expected[0])]
+    listed = all(torch.equal(a[:n], e[:n]) for a, e, n in zip(*rows, lengths, strict=True))
+    return actual[0].dtype == actual[1].dtype == torch.int32 and torch.equal(actual[1], expected[1]) and listed
+
+
+def masks(batch, channels, density, device):
+    """A mask with entries at this density in each row: [channels], or [batch, channels]."""
+    torch.manual_seed(0)
+    rows = [choose(channels, density, device) for _ in range(batch or 1)]
+    return torch.stack(rows) if batch else rows[0]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("channels", [1, 63, 1024, 2500])
+@pytest.mark.parametrize("kind", ["one", "each"])
+@pytest.mark.parametrize("magnitude", [True, False])
+def test_compact_equals_naive(device, batch, channels, kind, magnitude):
+    x = torch.randn(batch, channels, device=device)
+    threshold = limits(kind, channels, device) + 0.5
+    index, count = compact(x, threshold, magnitude)
+    assert index.dtype == count.dtype == torch.int32 and index.shape == (channels,) and count.shape == (1,)
+    assert same((index, count), naive.compact(x, threshold, magnitude))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_compact_compares_in_float32(device, dtype):
+    x = torch.linspace(-2, 2, 300, device=device).to(dtype).reshape(1, -1)
+    for threshold in (torch.full((1,), 0.3, device=device), torch.full((300,), 0.3, device=device)):
+        assert same(compact(x, threshold), naive.compact(x, threshold, True))
+
+
+def test_compact_is_strict_and_ignores_nan(device):
+    x = torch.tensor([[0.5, -0.5, 0.5000001, -0.6, float("nan"), float("inf"), 0.0]], device=device)
+    threshold = torch.full((1,), 0.5, device=device)
+    index, count = compact(x, threshold)
+    assert index[: int(count)].tolist() == [2, 3, 5]
+    index, count = compact(x, threshold, False)
+    assert index[: int(count)].tolist() == [2, 5]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("value, count", [(0.0, 0), (1.0, 2500)])
+def test_compact_empty_and_full(device, batch, value, count):
+    x = torch.full((batch, 2500), value, device=device)
+    index, found = compact(x, torch.full((1,), 0.5, device=device))
+    assert int(found) == count and index[:count].tolist() == list(range(count))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize("position", [0, 1023, 1024, 2499])
+def test_compact_one_channel_in_one_row(device, batch, position):
+    x = torch.zeros(batch, 2500, device=device)
+    x[batch // 2, position] = -3.0
+    index, count = compact(x, torch.full((1,), 0.5, device=device))
+    assert int(count) == 1 and int(index[0]) == position
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_compact_negative_threshold_takes_everything_but_nothing_beyond(device, batch):
+    x = torch.zeros(batch, 1100, device=device)[:, :1030]
+    index, count = compact(x, torch.full((1,), -1.0, device=device))
+    assert int(count) == 1030 and index.tolist() == list(range(1030))
+
+
+@pytest.mark.parametrize("block", [64, 1024, 4096])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_compact_counts_again_in_any_block(kernel, device, block, batch, monkeypatch):
+    monkeypatch.setattr(kernel, "RECOUNT", 512)
+    x, threshold = torch.randn(batch, 2500, device=device), torch.full((1,), 1.5, device=device)
+    config = Scan(block, 4)
+    assert same(kernel.compact(x, threshold, True, config, config), naive.compact(x, threshold, True))
+
+
+@pytest.mark.parametrize("batch", [None, 1, 2, 7])
+@pytest.mark.parametrize("channels", [1, 63, 133, 1100])
+@pytest.mark.parametrize("density", [0.0, "one", 0.4, 1.0])
+def test_masks_and_lists(device, batch, channels, density):
+    mask = masks(batch, channels, density, device)
+    lists = to_index(mask)
+    assert lists[0].shape == mask.shape and lists[1].shape == (batch or 1,)
+    assert same(lists, naive.to_index(mask)) and same(to_index(mask.to(torch.int8) * -2), lists)
+    assert torch.equal(to_mask(*lists, channels), mask) and torch.equal(naive.to_mask(*lists, channels), mask)
+    if batch:
+        assert same(union(mask), naive.to_index(mask.any(0))) and same(union_lists(*lists, channels), union(mask))
+
+
+def test_lists_in_any_order_shorter_and_longer_than_the_mask(device):
+    index = torch.tensor([[5, 2, 9, -1], [2, 7, -1, -1]], dtype=torch.int32, device=device)
+    count = torch.tensor([3, 2], dtype=torch.int32, device=device)
+    mask = to_mask(index, count, 12)
+    assert mask.shape == (2, 12) and torch.equal(mask, naive.to_mask(index, count, 12))
+    found, number = union_lists(index, count, 12)
+    assert found.shape == (12,) and found[: int(number)].tolist() == [2, 5, 7, 9]
+    wide = F.pad(index, (0, 20), value=-1)
+    assert torch.equal(to_mask(wide, count, 12), mask) and same(union_lists(wide, count, 12), (found, number))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("channels", [1, 8, 63, 1000])
+def test_top_k_equals_naive(device, dtype, batch, channels):
+    torch.manual_seed(0)
+    score = torch.randn(batch, channels, device=device).to(dtype)
+    for k in {0, 1, channels // 3, channels - 1, channels}:
+        index, count = top_k(score, k)
+        assert index.shape == (batch, k) and same((index, count), naive.top_k(score, k))
+
+
+@pytest.mark.parametrize("block", [512, 2048])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_top_k_takes_ties_from_the_left(kernel, device, block, dtype):
+    torch.manual_seed(0)
+    score = torch.randint(-3, 3, (3, 900), device=device).to(dtype)  # a block of 512 is less: tile by tile
+    score[1] = 2.5
+    score[2, ::2] = -0.0  # equal to the zeros between
+    for k in (1, 500, 900):
+        assert same(kernel.top_k(score, k, Scan(block, 4)), naive.top_k(score, k))
+    assert kernel.top_k(score, 5, Scan(block, 4))[0][1].tolist() == list(range(5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_top_k_of_infinities_and_nan(device, dtype):
+    values = [float("nan"), -float("inf"), 1.0, float("inf"), -1e-7, 0.0, float("-nan"), -3.0]
+    score = torch.tensor([values], device=device).to(dtype)
+    assert [top_k(score, k)[0][0].tolist() for k in (1, 3, 5, 7)] == [
+        [3],
+        [2, 3, 5],
+        [2, 3, 4, 5, 7],
+        [0, 1, 2, 3, 4, 5, 7],
+    ]
+
+
+def test_top_k_twice_is_the_same(device):
+    score = torch.randn(2, 700, device=device).round(decimals=1)
+    assert torch.equal(top_k(score, 100)[0], top_k(score, 100)[0])
+
+
+def test_gaussian_multiplier():
+    for fraction, expected in ((0.08, 1.40507), (0.05, 1.64485), (0.10, 1.28155), (0.03, 1.88079), (0.5, 0.0)):
+        assert math.isclose(gaussian_multiplier(fraction), expected, abs_tol=6e-6)
+    assert gaussian_multiplier(1.0) == -math.inf and gaussian_multiplier(0.0) == math.inf
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        gaussian_multiplier(1.1)
+
+
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("channels", [1, 63, 1000])
+@pytest.mark.parametrize("fraction", [0.0, 0.08, 0.5, 1.0])
+def test_statistical_top_k_equals_naive(device, soft, batch, channels, fraction):
+    torch.manual_seed(0)
+    score = torch.randn(batch, channels, device=device) * 3 - 1
+    multiplier = gaussian_multiplier(fraction)
+    value, threshold, *found = statistical_top_k(score, multiplier, soft)
+    expected, limit, _, _ = naive.statistical_top_k(score.double(), multiplier, soft)
+    assert torch.allclose(threshold.double(), limit.double(), rtol=1e-5, atol=1e-6)
+    keep = score > threshold[:, None] if soft else score >= threshold[:, None]
+    assert same(found, naive.union(keep))
+    assert torch.equal(value == 0, ~keep | (value == 0)) and not value[~keep].any()
+    assert torch.allclose(value.double(), torch.where(keep, expected, 0), rtol=1e-5, atol=2e-6 * 3)
+    assert fraction < 1 or torch.equal(value, score)
+    assert fraction > 0 or not value.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("block", [128, 2048])
+def test_statistics_keep_their_precision(kernel, device, block, dtype):
+    torch.manual_seed(0)
+    score = (50 + 0.1 * torch.randn(2, 1500, device=device)).to(dtype)  # mean far above the deviation
+    _, threshold, _, _ = kernel.statistical_top_k(score, 3.0, True, Scan(block, 4))
+    std, mean = torch.std_mean(score.double(), 1, correction=0)
+    assert torch.allclose((threshold.double() - mean) / std, torch.full_like(mean, 3.0), rtol=3e-4)
+
+
+def test_statistical_top_k_keeps_about_k_and_scales_with_its_input(device):
+    torch.manual_seed(0)
+    score = torch.randn(1, 8192, device=device)
+    value, _, _, count = statistical_top_k(score, gaussian_multiplier(0.08))
+    assert abs(int(count) - 0.08 * 8192) < 5 * 0.029 * 0.08 * 8192
+    scaled = statistical_top_k(4 * score + 2, gaussian_multiplier(0.08))[0]
+    assert torch.allclose(scaled, 4 * value, atol=1e-5)
+
+
+def test_statistical_top_k_is_that_of_gemma_3n(device):
+    gate = torch.randn(3, 500, device=device)
+    mean, std = gate.mean(-1, keepdim=True), gate.std(-1, keepdim=True, unbiased=False)
+    expected = F.relu(gate - (mean + std * torch.distributions.Normal(0, 1).icdf(torch.tensor(0.95)).to(device)))
+    assert torch.allclose(statistical_top_k(gate, gaussian_multiplier(0.05))[0], expected, atol=1e-6)
+
+
+def test_statistical_top_k_of_equal_scores(device):
+    score = torch.ones(1, 40, device=device)
+    assert int(statistical_top_k(score, 1.0, soft=True)[3]) == 0
+    assert int(statistical_top_k(score, 1.0, soft=False)[3]) == 40
+
+
+def layer(batch, width, experts, device, dtype=torch.float32):
+    """Input, weight and bias of a router; what is beside the rows of the first two in memory is NaN."""
+    torch.manual_seed(0)
+    x, weight = (torch.full((n, width + 16), float("nan"), device=device) for n in (batch, experts))
+    x[:, :width] = torch.randn(batch, width, device=device)
+    weight[:, :width] = torch.randn(experts, width, device=device) / width**0.5
+    return x.to(dtype)[:, :width], weight.to(dtype)[:, :width], torch.randn(experts, device=device).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2, 7, 33])
+@pytest.mark.parametrize("width, experts", [(1, 1), (63, 133), (200, 40)])
+def test_linear_router_equals_naive(device, dtype, batch, width, experts):
+    x, weight, bias = layer(batch, width, experts, device, dtype)
+    for kind, offset in (("one", None), ("each", bias)):
+        threshold = limits(kind, experts, device)
+        score, *found = linear_router(x, weight, offset, threshold)
+        assert score.dtype == torch.float32 and found[0].shape == (experts,)
+        assert close(score, F.linear(*double(x, weight, offset)))
+        assert same(found, naive.union(score > threshold))
+
+
+@pytest.mark.parametrize("threshold", [-99.0, 99.0, None])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_linear_router_all_none_and_one(device, threshold, batch):
+    x, weight, _ = layer(batch, 64, 50, device)
+    limit = router_scores(x, weight).max() - 1e-3 if threshold is None else torch.tensor(threshold, device=device)
+    _, index, count = linear_router(x, weight, None, limit.reshape(1))
+    number = {-99.0: 50, 99.0: 0, None: 1}[threshold]
+    assert int(count) == number and (number < 50 or index.tolist() == list(range(50)))
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "tanh", "abs"])
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("columns", [64, 256])
+def test_router_scores(kernel, device, activation, normalize, batch, columns):
+    x, weight, bias = layer(batch, 250, 30, device)
+    arguments = (activation, normalize, False)
+    score = kernel.scores(x, weight, bias, *arguments, Score(1024, columns, 4, 2))
+    assert close(score, naive.scores(*double(x, weight, bias), *arguments))
+    assert close(router_scores(x, weight, bias, activation, normalize), score.double())
+
+
+def test_router_of_a_zero_row_normalizes_to_zero(device):
+    x, weight, bias = layer(2, 48, 10, device)
+    x[1] = 0
+    score = router_scores(x, weight, bias, normalize=True)
+    assert torch.equal(score[1], bias)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("experts", [1, 63, 700])
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_router_relative_to_the_best(device, batch, experts, share):
+    x, weight, _ = layer(batch, 40, experts, device)
+    score, *found = linear_router(x, weight, None, torch.full((1,), share, device=device), "abs", relative=True)
+    raw = router_scores(x, weight, None, "abs")
+    keep = raw >= share * raw.amax(1, keepdim=True)
+    assert same(found, naive.union(keep))
+    assert torch.equal(score, raw.masked_fill(~keep, -float("inf")))  # so score > -inf is each row's own selection
+    assert (keep.sum(1) >= 1).all() and (share > 0 or keep.all())
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_router_twice_is_the_same_to_the_bit(device, batch):
+    arguments = (*layer(batch, 300, 90, device), torch.zeros(1, device=device))
+    once, again = linear_router(*arguments), linear_router(*arguments)
+    assert torch.equal(once[0], again[0]) and same(once[1:], again[1:])
+
+
+@pytest.mark.parametrize("hidden, normalize", [("identity", False), ("relu", False), ("tanh", True)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_low_rank_predictor(device, hidden, normalize, batch):
+    x, a, _ = layer(batch, 80, 32, device)
+    _, b, _ = layer(batch, 32, 200, device)
+    options = dict(hidden=hidden, normalize=normalize, activation="abs")
+    rank = naive.RESPONSES[hidden](F.linear(F.normalize(x.double()) if normalize else x.double(), a.double()))
+    expected = F.linear(rank, b.double()).abs()
+    score, *found = low_rank_predictor(x, a, b, torch.full((1,), 0.2, device=device), **options)
+    assert torch.allclose(score.double(), expected, rtol=1e-5, atol=2e-6) and same(found, naive.union(score > 0.2))
+    score, *found = low_rank_predictor(x, a, b, k=17, **options)
+    assert same(found, naive.top_k(score, 17))
+    share = torch.full((1,), 0.3, device=device)
+    score, *found = low_rank_predictor(x, a, b, share, relative=True, **options)
+    assert same(found, naive.union(expected >= 0.3 * expected.amax(1, keepdim=True)))
+
+
+def test_top_experts_of_a_router_are_those_of_torch(device):
+    x, weight, _ = layer(4, 64, 96, device)
+    score = router_scores(x, weight)
+    index, count = top_k(score, 20)
+    assert torch.equal(index.long(), score.topk(20).indices.sort(1).values) and count.tolist() == [20] * 4
+    joined = union_lists(index, count, 96)
+    assert same(joined, union(to_mask(index, count, 96)))
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: compact(torch.randn(65, 4), torch.zeros(1)), "1 to 64 rows"),
+        (lambda: compact(torch.randn(4), torch.zeros(1)), "shape"),
+        (lambda: compact(torch.randn(1, 65537), torch.zeros(1)), "at most 65536"),
+        (lambda: compact(torch.randn(1, 4), torch.zeros(1).double()), "float32"),
+        (lambda: compact(torch.randn(1, 4), torch.zeros(3)), r"\[4\]"),
+        (lambda: compact(torch.randn(4, 4).t(), torch.zeros(1)), "contiguous rows"),
+        (lambda: compact(torch.ones(1, 4, dtype=torch.int64), torch.zeros(1)), "float32, float16 or bfloat16"),
+        (lambda: to_index(torch.zeros(4)), "bool or int8"),
+        (lambda: to_index(torch.zeros(4, 4, dtype=torch.bool).t()), "contiguous"),
+        (lambda: to_index(torch.zeros(65, 4, dtype=torch.bool)), "1 to 64 rows"),
+        (lambda: union(torch.zeros(4, dtype=torch.bool)), "1 to 64 rows"),
+        (lambda: to_mask(torch.zeros(4), torch.zeros(1).int(), 4), "index must be a contiguous int32"),
+        (lambda: to_mask(torch.zeros(2, 4).int(), torch.zeros(1).int(), 4), "lists"),
+        (lambda: to_mask(torch.zeros(4).int(), torch.zeros(1).int(), 0), "size must be 1 to 65536"),
+        (lambda: union_lists(torch.zeros(4).int(), torch.zeros(1).int(), 4), "lists"),
+        (lambda: top_k(torch.randn(1, 4), 5), "k must be 0 to 4"),
+        (lambda: top_k(torch.ones(1, 4, dtype=torch.int64), 2), "float32, float16 or bfloat16"),
+        (lambda: statistical_top_k(torch.randn(1, 4), float("nan")), "multiplier must be a number"),
+        (lambda: statistical_top_k(torch.randn(4), 1.0), "shape"),
+        (lambda: router_scores(torch.randn(1, 4), torch.randn(5, 3)), "weight must have shape"),
+        (lambda: router_scores(torch.randn(1, 4), torch.randn(5, 4).half()), "weight must be torch.float32"),
+        (lambda: router_scores(torch.randn(1, 4), torch.randn(5, 4), torch.randn(4)), "bias must have shape"),
+        (lambda: router_scores(torch.randn(1, 4), torch.randn(5, 4), None, "softmax"), "activation must be one of"),
+        (
+            lambda: linear_router(torch.randn(1, 4), torch.randn(5, 4), None, torch.zeros(4)),
+            r"contiguous \[1\] or \[5\]",
+        ),
+        (
+            lambda: linear_router(torch.randn(1, 4), torch.randn(5, 4), None, torch.zeros(5), "abs", True),
+            r"contiguous \[1\] or \[1\]",
+        ),
+        (lambda: low_rank_predictor(torch.randn(1, 4), torch.randn(3, 4), torch.randn(9, 3)), "either threshold or k"),
+        (lambda: low_rank_predictor(torch.randn(1, 4), torch.randn(3, 4), torch.randn(9, 2), k=1), "weight must have"),
+    ],
+)
+def test_selections_outside_their_domain(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_selections_are_well_formed():
+    ops = torch.ops.sparse_kernels
+    torch.manual_seed(0)
+    score, mask = torch.randn(2, 64), torch.rand(2, 64) < 0.5
+    index, count = to_index(mask)
+    opcheck(ops.compact, (score, torch.tensor([0.5]), True))
+    opcheck(ops.to_index, (mask,))
+    opcheck(ops.to_index, (mask[0],))
+    opcheck(ops.to_mask, (index, count, 64))
+    opcheck(ops.union, (mask,))
+    opcheck(ops.union_lists, (index, count, 64))
+    opcheck(ops.top_k, (score, 5))
+    opcheck(ops.statistical_top_k, (score, 1.5, True))
+    opcheck(ops.near_best, (score.abs(), torch.tensor([0.5])))
+    for narrow in (False, True):
+        opcheck(ops.router_scores, (score.half(), torch.randn(9, 64).half(), None, "relu", True, narrow))
+
+
+def selector(x, weight, a, b):
+    one = torch.full((1,), 0.5)
+    score, index, count = linear_router(x, weight, None, one)
+    lists = top_k(score, 3)
+    value, threshold, *found = statistical_top_k(score, 1.0)
+    return (
+        score,
+        count,
+        *union_lists(*lists, 9)[1:],
+        value,
+        threshold,
+        to_mask(index, count, 9),
+        *found[1:],
+        *(low_rank_predictor(x, a, b, k=4, hidden="tanh", normalize=True)),
+    )
+
+
+def test_selections_compile_as_one_graph_and_count_their_layers():
+    torch.manual_seed(0)
+    arguments = (torch.randn(2, 64), torch.randn(9, 64), torch.randn(16, 64), torch.randn(30, 16))
+    compiled = torch.compile(selector, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(compiled(*arguments), selector(*arguments), strict=True):
+        assert torch.equal(actual, expected)
+    with FlopCounterMode(display=False) as counter:
+        selector(*arguments)
+    assert counter.get_total_flops() == cost.score_flops(2, 64, 9) + cost.predictor_flops(2, 64, 16, 30)
+
+
+def test_fakes_have_the_real_shapes():
+    with FakeTensorMode():
+        x = torch.empty(4, 64, dtype=torch.bfloat16, device="cuda")
+        weight = torch.empty(12, 64, dtype=torch.bfloat16, device="cuda")
+        score, index, count = linear_router(x, weight, None, torch.empty(1, device="cuda"))
+        assert (score.shape, score.dtype, index.shape, count.shape) == ((4, 12), torch.float32, (12,), (1,))
+        value, threshold, index, count = statistical_top_k(x, 1.0)
+        assert (value.dtype, threshold.shape, threshold.dtype) == (torch.bfloat16, (4,), torch.float32)
+        assert to_mask(index, count, 64).dtype == torch.bool
+
+
+def test_costs_of_known_shapes():
+    assert cost.score_flops(1, 4096, 344) == 2 * 4096 * 344
+    assert cost.score_bytes(1, 4096, 344) == 344 * 4096 * 2 + 4096 * 2
+    assert cost.predictor_bytes(1, 4096, 1024, 11008) == 1024 * 4096 * 2 + 11008 * 1024 * 2 + 4096 * 2 + 1024 * 2
+    assert cost.list_bytes(2, 11008) == 2 * 11008 * 2

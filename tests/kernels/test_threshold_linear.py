@@ -1,0 +1,209 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from support import close
+
+from sparse_kernels import row_stats, threshold_linear
+from sparse_kernels.input_linear import kernel, naive
+from sparse_kernels.input_linear.launch import Config
+
+SEGMENTS = {"one": [200], "three": [100, 37, 63]}
+CONFIG = Config(rows=8, columns=64, warps=4, stages=3, programs=4, head=True)
+
+
+def make(batch, channels, width, device, dtype=torch.float32):
+    torch.manual_seed(0)
+    return torch.randn(batch, channels, device=device).to(dtype), torch.randn(channels, width, device=device).to(dtype)
+
+
+def limits(segments, device, each=None):
+    base = torch.tensor([0.5, 0.9, 0.2][:segments], device=device)
+    return base if each is None else (base[:, None] + torch.rand(segments, each, device=device)).contiguous()
+
+
+def expected(x, weight_t, threshold, widths, **extras):
+    """The definition in float64; the comparison with the threshold still sees float32 values."""
+    wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in extras.items()}
+    return naive.threshold_linear(x.double(), weight_t.double(), threshold, widths, **wide)
+
+
+def test_naive_is_a_masked_linear():
+    x, weight_t = make(2, 12, 10, "cpu", torch.float64)
+    kept = torch.where(x.abs() > 0.5, x, 0)
+    bias, side, up = torch.randn(10).double(), torch.randn(2, 3).double(), torch.randn(3, 10).double()
+    y, counts = naive.threshold_linear(x, weight_t, torch.tensor([0.5]), [10], bias=bias, side=side, side_up=up)
+    assert torch.allclose(y, kept @ weight_t + bias + side @ up)
+    assert counts.tolist() == [[int((x.abs() > 0.5).any(0).sum())]]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("channels", [1, 63, 133])
+@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize("each", [False, True])
+def test_threshold_linear_equals_naive(device, batch, channels, segments, each):
+    widths = SEGMENTS[segments]
+    x, weight_t = make(batch, channels, 200, device)
+    threshold = limits(len(widths), device, channels if each else None)
+    y, counts, _ = threshold_linear(x, weight_t, threshold, widths)
+    wanted, active = expected(x, weight_t, threshold, widths)
+    assert close(y, wanted) and torch.equal(counts.sum(1), active[:, 0])
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("select", ["threshold", "mask"])
+@pytest.mark.parametrize("limit, name", [(-1.0, "all"), (1e9, "none"), (None, "dense")])
+def test_threshold_linear_everything_and_nothing(device, batch, select, limit, name):
+    x, weight_t = make(batch, 70, 90, device)
+    if name == "none":
+        weight_t.fill_(float("nan"))
+    threshold = None if limit is None else torch.full((1,), limit, device=device)
+    y = threshold_linear(x, weight_t, threshold, select=select)[0]
+    wanted = torch.zeros(batch, 90, dtype=torch.float64, device=device) if name == "none" else x.double() @ weight_t.double()
+    assert close(y, wanted)
+
+
+@pytest.mark.parametrize("select", ["threshold", "mask"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_threshold_linear_reads_only_what_some_row_keeps(device, select, batch):
+    x, weight_t = make(batch, 133, 90, device)
+    x[:, 70:100] = 0.01
+    x[0, 80] = 3.0
+    weight_t[~(x.abs() > 0.5).any(0)] = float("nan")
+    threshold = limits(1, device)
+    assert close(threshold_linear(x, weight_t, threshold, select=select)[0], expected(x, weight_t, threshold, [90])[0])
+
+
+@pytest.mark.parametrize("norm", ["rms", "gemma", "layer"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("limit", [0.5, None])
+def test_threshold_linear_norms_its_input(device, norm, batch, limit):
+    x, weight_t = make(batch, 133, 90, device)
+    x = 3 * x + 1
+    extras = dict(norm=norm, norm_weight=torch.rand(133, device=device) + 0.5, eps=1e-5)
+    extras |= dict(norm_bias=torch.randn(133, device=device)) if norm == "layer" else {}
+    threshold = None if limit is None else torch.full((1,), limit, device=device)
+    y = threshold_linear(x, weight_t, threshold, **extras)[0]
+    assert close(y, expected(x, weight_t, threshold, [90], **extras)[0])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("glu", ["silu", "gelu", "relu2"])
+def test_threshold_linear_gates_its_input(device, batch, glu):
+    x, weight_t = make(batch, 266, 90, device)
+    weight_t = weight_t[:133]
+    threshold = torch.full((1,), 0.3, device=device)
+    y = threshold_linear(x, weight_t, threshold, activation=glu, gated=True)[0]
+    assert close(y, expected(x, weight_t, threshold, [90], activation=glu, gated=True)[0])
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize("partial", [True, False])
+def test_a_batch_that_needs_most_channels_is_multiplied_densely(device, segments, partial):
+    x, weight_t = make(7, 133, 200, device)
+    widths = SEGMENTS[segments]
+    threshold = limits(len(widths), device)
+    y, counts, _ = threshold_linear(x, weight_t, threshold, widths, density=0.5, partial=partial)
+    y = y.sum(0) if partial else y
+    wanted = expected(x, weight_t, threshold, widths)[0]
+    assert (y - wanted).norm() < 1e-5 * wanted.norm() and counts.numel() == 0
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("gated", [True, False])
+def test_parts_are_summed_by_the_next_layer(device, batch, gated):
+    x, first = make(batch, 70, 266 if gated else 133, device)
+    second, threshold = torch.randn(133, 90, device=device), torch.full((1,), 0.5, device=device)
+    parts, _, _ = threshold_linear(x, first, None, partial=True)
+    assert parts.dim() == 3 and parts.dtype == torch.float32
+    extras = dict(activation="relu", gated=gated)
+    y = threshold_linear(parts, second, threshold, **extras)[0]
+    assert close(y, expected(parts.sum(0), second, threshold, [90], **extras)[0])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_threshold_linear_extras(device, batch):
+    """Constant term, low-rank path, residual, and the part that a low-rank path is made from."""
+    x, weight_t = make(batch, 133, 90, device)
+    threshold, down = torch.full((1,), 0.7, device=device), torch.randn(133, 20, device=device)
+    center = torch.randn(133, device=device)
+    side = threshold_linear(x, down, threshold, invert=True, center=center)[0]
+    assert close(side, expected(x, down, threshold, [20], invert=True, center=center)[0])
+    extras = dict(center=center, side=side, side_up=torch.randn(20, 90, device=device))
+    extras |= dict(bias=torch.randn(90, device=device), residual=torch.randn(batch, 90, device=device))
+    y = threshold_linear(x, weight_t, threshold, **extras)[0]
+    assert close(y, expected(x, weight_t, threshold, [90], **extras)[0])
+    dense = threshold_linear(x - center, weight_t, None)[0]
+    full = threshold_linear(x, weight_t, threshold, center=center, side=side * 0, side_up=extras["side_up"])[0]
+    rest = threshold_linear(x, weight_t, threshold, center=center, invert=True)[0]
+    assert torch.allclose(full + rest, dense, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_statistics_travel_from_layer_to_layer(device, norm, batch):
+    x, first = make(batch, 70, 133, device)
+    second, weight = torch.randn(133, 90, device=device), torch.rand(133, device=device)
+    h, _, stats = threshold_linear(x, first, None, residual=torch.randn(batch, 133, device=device), with_stats=True)
+    assert torch.allclose(stats[..., 0].sum(1), h.sum(1), atol=1e-3)
+    extras = dict(norm=norm, norm_weight=weight, eps=1e-6)
+    y = threshold_linear(h, second, limits(1, device), stats=stats, **extras)[0]
+    assert close(y, expected(h, second, limits(1, device), [90], **extras)[0])
+    assert torch.allclose(stats, row_stats(h), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize("select", ["threshold", "mask", "all"])
+def test_few_columns_many_splits_give_the_same_bits_twice(device, dtype, batch, select):
+    x, weight_t = make(batch, 133, 150, device, dtype)
+    if device == "cpu":
+        threshold = None if select == "all" else limits(1, device)
+        runs = [kernel.linear(x, weight_t, select, [150], threshold=threshold, config=CONFIG)[0] for _ in range(2)]
+        assert torch.equal(*runs) and len(runs[0]) > 2
+        y = kernel.combine(runs[0], None, None, False, dtype)[0]
+        assert close(y, expected(x, weight_t, threshold, [150])[0])
+
+
+def test_rows_at_any_distance(device):
+    x, weight_t = make(2, 96, 200, device)
+    narrow, threshold = weight_t[:50, 3:80], limits(1, device)
+    y = threshold_linear(x[:, :50], narrow, threshold)[0]
+    assert close(y, expected(x[:, :50], narrow, threshold, [77])[0])
+
+
+def test_statistics_of_rows(device):
+    x, _ = make(3, 1000, 1, device)
+    x = x + 5
+    stats = row_stats(x)
+    assert stats.shape == (3, 16, 2)
+    assert torch.allclose(stats, naive.row_stats(x, 64), rtol=1e-4)
+    assert torch.allclose(F.layer_norm(x, (1000,)).mean(1), torch.zeros(3, device=device), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(x=torch.randn(65, 8)), "1 to 64 rows"),
+        (dict(x=torch.randn(1, 9)), "x must have 8 columns"),
+        (dict(activation="silu", gated=True), "x must have 16 columns"),
+        (dict(gated=True), "gated needs an activation"),
+        (dict(activation="tanh"), "activation must be one of"),
+        (dict(partial=True, bias=torch.randn(5)), "A partial result takes no bias"),
+        (dict(x=torch.randn(2, 1, 8).half()), "Parts of x must be contiguous float32"),
+        (dict(threshold=None, invert=True), "invert needs a threshold"),
+        (dict(norm="rms"), "norm and norm_weight need each other"),
+        (dict(norm="rms", norm_weight=torch.ones(7)), "norm_weight must have shape"),
+        (dict(norm="batch"), "norm must be one of"),
+        (dict(widths=[3, 3]), "sum to 5"),
+        (dict(threshold=torch.zeros(2)), "threshold must be a contiguous"),
+        (dict(threshold=torch.zeros(1).double()), "threshold must be a contiguous"),
+        (dict(select="sort"), "select must be one of"),
+        (dict(side=torch.randn(1, 3)), "need each other"),
+        (dict(residual=torch.randn(1, 4)), "residual must have shape"),
+        (dict(bias=torch.randn(4)), "bias must have shape"),
+    ],
+)
+def test_threshold_linear_outside_its_domain(change, message):
+    arguments = dict(x=torch.randn(1, 8), weight_t=torch.randn(8, 5), threshold=torch.zeros(1)) | change
+    with pytest.raises(ValueError, match=message):
+        threshold_linear(**arguments)

@@ -1,0 +1,137 @@
+"""The decode runtime against transformers' own blocks, on the operators' definitions."""
+
+import pytest
+import torch
+from models import MODELS, data, llama, windows
+from transformers import (
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StaticCache,
+)
+
+from methods import sparsify
+from methods.errors import UsageError
+from methods.registry import create
+from methods.runtime import FastBlock, runtime, why_not
+
+SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+SMALL |= dict(vocab_size=300, max_position_embeddings=256, initializer_range=0.1)
+
+
+def other(kind):
+    torch.manual_seed(0)
+    if kind == "mistral":
+        return MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)).eval()
+    if kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**SMALL))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**SMALL, head_dim=32))
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    return model.eval()
+
+
+def decode(model, prompt, steps, handle=None):
+    """Logits of greedy steps over a static cache, and how many blocks ran through the runtime."""
+    served = 0
+    forward = FastBlock.serves
+
+    def counting(self, *args):
+        nonlocal served
+        found = forward(self, *args)
+        served += found
+        return found
+
+    FastBlock.serves = counting
+    try:
+        with torch.no_grad():
+            cache = StaticCache(config=model.config, max_cache_len=prompt.shape[1] + steps)
+            extra = {"attention_mask": torch.ones(len(prompt), prompt.shape[1] + steps)}
+            extra = extra if model.config.model_type == "opt" else {}
+            positions = torch.arange(prompt.shape[1])[None]
+            out = model(input_ids=prompt, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
+            logits = [out.logits[:, -1]]
+            for step in range(steps - 1):
+                token = logits[-1].argmax(-1, keepdim=True)
+                position = torch.full((1, 1), prompt.shape[1] + step)
+                out = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True, **extra)
+                logits.append(out.logits[:, -1])
+            assert all(int(layer.cumulative_length) == prompt.shape[1] + steps - 1 for layer in cache.layers)
+        return torch.stack(logits, 1), served
+    finally:
+        FastBlock.serves = forward
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_dense_steps_are_those_of_transformers(kind, batch):
+    model = MODELS[kind]() if kind in MODELS else other(kind)
+    prompt = windows(batch, 9)
+    wanted, _ = decode(model, prompt, 8)
+    with runtime(model):
+        found, served = decode(model, prompt, 8)
+    assert served == 7 * 2
+    assert torch.allclose(found, wanted, atol=2e-4) and torch.equal(found.argmax(-1), wanted.argmax(-1))
+    again, served = decode(model, prompt, 8)
+    assert served == 0 and torch.equal(again, wanted)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", ["teal", "null"])
+def test_selections_are_those_of_the_method(kind, name):
+    model, prompt = MODELS[kind](), windows(1, 9)
+    method = create(name, {})
+    artifact = next(iter(method.prepare(model, data(), [0.5 if name == "teal" else None])))
+    with sparsify(model, artifact) as handle:
+        wanted, _ = decode(model, prompt, 6, handle)
+        with runtime(model, handle):
+            found, served = decode(model, prompt, 6, handle)
+        assert served == 5 * 2
+        assert torch.allclose(found, wanted, atol=2e-4)
+        read = [int(layer.count.sum()) for layer in handle.layers()]
+        units = [layer.units for layer in handle.layers()]
+    assert read == units if name == "null" else 0 < sum(read) < sum(units)
+    assert name == "null" or not torch.allclose(found, decode(model, prompt, 6)[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_expert_layers_keep_their_own_path(kind):
+    model, prompt = MODELS[kind](), windows(2, 9)
+    artifact = create("lte", {}).synthesize(model, 0.5, windows(2, 32))
+    with sparsify(model, artifact) as handle:
+        wanted, _ = decode(model, prompt, 6, handle)
+        with runtime(model, handle):
+            found, served = decode(model, prompt, 6, handle)
+    assert served == 5 * 2 and torch.allclose(found, wanted, atol=2e-4)
+
+
+def test_dense_positions_and_counting_passes_go_the_slow_way():
+    model, prompt = llama(), windows(1, 9)
+    artifact = next(iter(create("teal", {}).prepare(model, data(), [0.5])))
+    with sparsify(model, artifact) as handle, runtime(model, handle):
+        with handle.dense():
+            assert decode(model, prompt, 4)[1] == 0
+        with handle.meter.on():
+            assert decode(model, prompt, 4)[1] == 0
+        assert decode(model, prompt, 4)[1] > 0
+
+
+def test_generate_is_the_same_text():
+    model, prompt = llama(), windows(1, 9)
+    options = dict(max_new_tokens=24, do_sample=False, cache_implementation="static", disable_compile=True)
+    wanted = model.generate(prompt, **options)
+    with runtime(model):
+        assert torch.equal(model.generate(prompt, **options), wanted)
+
+
+def test_unknown_blocks_are_refused():
+    model = llama()
+    model.config.model_type = "gemma2"
+    assert "gemma2" in why_not(model)
+    with pytest.raises(UsageError, match="no block for architecture"), runtime(model):
+        pass
