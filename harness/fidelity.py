@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from methods.families import cached, layout_of
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from methods import SparseModel
 
 GENERATED = 64  # tokens of dense text per prompt, for greedy agreement
+BLOCK_TOLERANCE = 0.1  # bfloat16 rounding is 0.01; a broken kernel is 0.5 and more
+BLOCK_CHECK_STEPS = 8
 KERNEL_CHECK_TOKENS = 16
 KERNEL_TOLERANCE = 0.01  # nats per token; see `kernel_tolerance`
 
@@ -114,7 +118,7 @@ def greedy(model: PreTrainedModel, prompts: Tensor, new: int) -> Tensor:
 
     cache, tokens, step = DynamicCache(config=model.config), [prompts], prompts
     for _ in range(new):
-        step = model(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        step = model(input_ids=step, **cached(model, cache), use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
         tokens.append(step)
     return torch.cat(tokens, dim=1)
 
@@ -135,6 +139,14 @@ def kernel_tolerance(block: dict[str, Any] | None) -> float:
     return max(KERNEL_TOLERANCE, 0.5 * block["kl"] if block else 0.0)
 
 
+def decode_mask(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
+    """What a decode step over a static cache as long as `tokens` [B, length] must be told by some architectures.
+
+    Without a mask OPT builds one from the cache length on the host, which no graph can capture.
+    """
+    return {"attention_mask": torch.ones_like(tokens)} if layout_of(model.config).decode_mask else {}
+
+
 @torch.inference_mode()
 def kernel_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, scored: int) -> float:
     """KL divergence, nats per token, of a token-by-token decode from the batched masked pass over the same text.
@@ -143,21 +155,70 @@ def kernel_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, sc
     two round differently, and a value at a threshold may fall on either side of it: tails of the distribution then
     move by several nats while its mass stays, so a mean over the mass is what tells a broken kernel from rounding.
     """
-    from transformers import DynamicCache
+    from methods.runtime import fast_steps
 
     steps = min(KERNEL_CHECK_TOKENS, scored)
     part = window[:, : window.shape[1] - scored + steps]
     with handle.positions(active_positions(handle, part, steps)):
         batched = model(input_ids=part[:, :-1], use_cache=False, logits_to_keep=steps).logits.float()
-    cache = DynamicCache(config=model.config)
-    context = part.shape[1] - 1 - steps
-    prompt = handle.mask(1, context, part.device)
-    with handle.positions(prompt):
-        model(input_ids=part[:, :context], past_key_values=cache, use_cache=True, logits_to_keep=1)
-    decoded = []
-    with handle.sparse():
-        for at in range(context, part.shape[1] - 1):
-            out = model(input_ids=part[:, at : at + 1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            decoded.append(out.logits.float())
-    expected, found = F.log_softmax(batched, -1), F.log_softmax(torch.cat(decoded, 1), -1)
+    with fast_steps(model, handle):
+        decoded = teacher_forced(model, handle, part, steps)
+    expected, found = F.log_softmax(batched, -1), F.log_softmax(decoded, -1)
     return max(0.0, float((expected.exp() * (expected - found)).sum(-1).mean()))
+
+
+def teacher_forced(model: PreTrainedModel, handle: SparseModel, text: Tensor, steps: int) -> Tensor:
+    """Logits [B, steps, V] of the last `steps` tokens before the end of text [B, length], one decode step each."""
+    from transformers import StaticCache
+
+    cache = StaticCache(config=model.config, max_cache_len=text.shape[1])
+    extra = decode_mask(model, text) | cached(model, cache)
+    context = text.shape[1] - 1 - steps
+    with handle.positions(handle.mask(1, context, text.device)):
+        model(input_ids=text[:, :context], use_cache=True, logits_to_keep=1, **extra)
+    logits = []
+    with handle.sparse():
+        for at in range(context, text.shape[1] - 1):
+            place = torch.full((1, 1), at, device=text.device)
+            out = model(input_ids=text[:, at : at + 1], position_ids=place, use_cache=True, **extra)
+            logits.append(out.logits.float())
+    return torch.cat(logits, 1)
+
+
+@torch.inference_mode()
+def block_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, steps: int = BLOCK_CHECK_STEPS) -> float:
+    """Mean relative error of what a block of the decode runtime adds to the residual stream, given the same input.
+
+    Every block is run both ways at every step, the reference path by masks and the runtime by kernels, so nothing
+    compounds: what is left is rounding and values that fall on the other side of a threshold by it. That makes it
+    the check for random weights too, whose logits a few such flips change beyond recognition.
+    """
+    from methods.runtime import FastBlock, runtime
+
+    errors: list[Tensor] = []
+
+    def both_ways(block: FastBlock) -> Any:
+        fast = block.forward
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
+            if not block.serves(hidden_states, cache):
+                return block.slow(hidden_states, *args, **kwargs)
+            with handle.meter.on():  # whoever counts takes the reference path
+                wanted = block.slow(hidden_states, *args, **kwargs)
+            cache.layers[block.index].cumulative_length.sub_(1)
+            found = fast(hidden_states, *args, **kwargs)
+            errors.append((found - wanted).float().norm() / (wanted - hidden_states).float().norm())
+            return found
+
+        return forward
+
+    counted = dict(handle.meter.counts), dict(handle.meter.unions)
+    with runtime(model, handle) as blocks:
+        for block in blocks:
+            block.module.forward = both_ways(block)
+        teacher_forced(model, handle, window, steps)
+    handle.meter.reset()
+    handle.meter.counts.update(counted[0])
+    handle.meter.unions.update(counted[1])
+    return float(torch.stack(errors).mean())

@@ -1,8 +1,9 @@
 """Latency of a decode step, dense and sparse interleaved in one process (docs/protocol.md, "Latency").
 
 A step feeds one token per sequence and returns the next greedy one, so every step sees hidden states the model made
-itself. On a GPU the dense model runs as stock eager, as a CUDA graph, and compiled inside a CUDA graph; the sparse
-model as a CUDA graph and compiled inside one; speed-up is the fastest dense over the fastest sparse. On a CPU the
+itself. On a GPU the dense model runs as stock eager, as a CUDA graph, compiled inside a CUDA graph, and through our own
+runtime; the sparse model through the runtime, or as a CUDA graph and compiled inside one where the runtime has no block
+for the architecture; speed-up is the fastest dense over the fastest sparse. On a CPU the
 reference path is timed, which masks instead of skipping: it is labelled so and never ranked.
 """
 
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from methods.families import layout_of
+from methods.families import cached
+from methods.runtime import runtime, why_not
 
 from . import stats
+from .fidelity import decode_mask
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -52,15 +55,11 @@ class Decoder:
         self.model, self.prompt = model, prompt
         batch, context = prompt.shape
         self.cache = StaticCache(config=model.config, max_cache_len=context + steps)
-        self.extra: dict[str, Tensor] = {}
-        if layout_of(model.config).decode_mask:
-            # Without a mask OPT builds one from the cache length on the host, which no graph can capture.
-            self.extra["attention_mask"] = torch.ones(batch, context + steps, device=prompt.device)
+        self.extra = decode_mask(model, prompt.new_ones(batch, context + steps)) | cached(model, self.cache)
         positions = torch.arange(context, device=prompt.device)[None]
         logits = model(
             input_ids=prompt,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
             **self.extra,
@@ -78,9 +77,7 @@ class Decoder:
             layer.cumulative_length.fill_(self.prompt.shape[1])
 
     def step(self, forward: Callable[..., Any]) -> None:
-        logits = forward(
-            input_ids=self.token, position_ids=self.position, past_key_values=self.cache, use_cache=True, **self.extra
-        ).logits
+        logits = forward(input_ids=self.token, position_ids=self.position, use_cache=True, **self.extra).logits
         self.token.copy_(logits[:, -1:].argmax(-1))
         self.position.add_(1)
 
@@ -95,7 +92,7 @@ class Bench:
         self.model, self.prompt, self.bandwidth = model, prompt, bandwidth
         self.gpu = prompt.is_cuda
         self.notes: list[str] = []
-        self.dense: list[Runner] = self._runners("dense")
+        self.dense: list[Runner] = self._runners("dense", None)
 
     @torch.no_grad()
     def measure(
@@ -107,9 +104,7 @@ class Bench:
             with handle.sparse():
                 for layer in handle.layers():
                     layer.count = None  # an earlier pass had another batch
-                    if self.gpu:
-                        layer.materialize()
-                sparse = self._runners("sparse")
+                sparse = self._runners("sparse", handle)
         runners = self.dense + sparse
         blocks: dict[str, list[list[float]]] = {runner.name: [] for runner in runners}
         steps = GPU_STEPS if self.gpu else CPU_STEPS
@@ -124,8 +119,8 @@ class Bench:
             if number + 1 >= MIN_ROUNDS and (not sparse or self._noise(blocks, sparse) < TARGET_NOISE):
                 stop = "noise under target" if sparse else "dense only"
                 break
-        if sparse:
-            self._meter_cpu(handle)
+        if sparse and not self.gpu:
+            self.count(handle)
         return self._block(blocks, sparse, stop, bytes_per_step())
 
     def _noise(self, blocks: dict[str, list[list[float]]], sparse: list[Runner]) -> float:
@@ -163,15 +158,27 @@ class Bench:
             found["read_bandwidth"] = self.bandwidth
         return found
 
-    def _runners(self, prefix: str) -> list[Runner]:
+    def _runners(self, prefix: str, handle: SparseModel | None) -> list[Runner]:
         if not self.gpu:
             return [self._eager(f"{prefix} cpu")]
         made = [self._eager("dense eager")] if prefix == "dense" else []
-        for name, compiled in ((f"{prefix} graph", False), (f"{prefix} compiled", True)):
+        kinds = ["graph", "compiled"] if prefix == "dense" else []
+        reason = why_not(self.model)
+        kinds = [*kinds, "runtime"] if reason is None else ["graph", "compiled"]
+        if reason and reason not in self.notes:
+            self.notes.append(reason)
+        for kind in kinds:
             try:
-                made.append(self._graph(name, compiled))
+                if kind == "runtime":
+                    with runtime(self.model, handle) as blocks:
+                        made.append(self._graph(f"{prefix} {kind}", False, blocks))
+                else:
+                    for layer in handle.layers() if handle else []:
+                        layer.materialize()
+                    made.append(self._graph(f"{prefix} {kind}", kind == "compiled"))
             except Exception as error:  # torch.compile and capture raise many types; the other runners still count
-                self.notes.append(f"{name} unavailable: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+                text = str(error).splitlines()[0][:200] if str(error) else ""
+                self.notes.append(f"{prefix} {kind} unavailable: {type(error).__name__}: {text}")
                 torch.cuda.synchronize()
         if not made:
             raise RuntimeError(f"no way to run the {prefix} decode step: {'; '.join(self.notes)}")
@@ -197,7 +204,8 @@ class Bench:
 
         return Runner(name, decoder.rewind, block)
 
-    def _graph(self, name: str, compiled: bool) -> Runner:
+    def _graph(self, name: str, compiled: bool, keep: Any = None) -> Runner:
+        """keep: what the graph reads and nobody else holds."""
         decoder = self._decoder()
         forward = self.model.forward
         if compiled:
@@ -217,12 +225,12 @@ class Bench:
         with torch.cuda.graph(graph):
             decoder.step(forward)
 
-        def block(steps: int) -> list[float]:
+        def block(steps: int, kept: Any = keep) -> list[float]:
             for _ in range(WARM_STEPS):
                 graph.replay()
             return _events(graph.replay, steps)
 
-        # The closures keep the decoder's tensors alive, whose addresses the graph reads.
+        # The closures keep the tensors alive whose addresses the graph reads: the decoder's and what was to be kept.
         return Runner(name, decoder.rewind, block)
 
     def _count(self, handle: SparseModel) -> None:
@@ -231,15 +239,15 @@ class Bench:
             torch.cuda.synchronize()
             for layer in handle.layers():
                 if layer.count is not None:
-                    handle.meter.unions[layer.site, layer.layer].append(layer.count.cpu())
+                    handle.meter.unions[layer.site, layer.layer].append(layer.count.sum().cpu())
 
-    def _meter_cpu(self, handle: SparseModel) -> None:
-        """The reference path counts while it computes, which costs time: a few steps after the timed ones."""
-        if not self.gpu:
-            decoder = self._decoder()
-            with handle.sparse(), handle.meter.on():
-                for _ in range(CPU_STEPS):
-                    decoder.step(self.model.forward)
+    @torch.no_grad()
+    def count(self, handle: SparseModel) -> None:
+        """The reference path counts while it computes, which costs time: a few steps that are not timed."""
+        decoder = self._decoder()
+        with handle.sparse(), handle.meter.on():
+            for _ in range(CPU_STEPS):
+                decoder.step(self.model.forward)
 
     def close(self) -> None:
         self.dense = []

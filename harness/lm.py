@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from methods import load_artifact, sparsify_
 from methods.base import parse_mode
 from methods.errors import UsageError
+from methods.families import cached
 
 
 @register_model("sparse")
@@ -165,8 +166,8 @@ class SparseLM(HFLM):
                 input_ids=ids,
                 attention_mask=seen.long(),
                 position_ids=position,
-                past_key_values=cache,
                 use_cache=True,
+                **cached(self.model, cache),
                 **kwargs,
             ).logits
 

@@ -61,6 +61,7 @@ def main(args: argparse.Namespace) -> int:
                     spent = artifact.manifest.get("seconds")
                     display.say(f"  {method_name} {density}: {artifact.hash}, prepared in {spent} s")
                     if args.save:
-                        place = Path(args.save) / Path(name).name / f"{method_name}-{density:g}"
+                        suffix = "" if density is None else f"-{density:g}"
+                        place = Path(args.save) / Path(name).name / f"{method_name}{suffix}"
                         display.say(f"  saved in {artifact.save_pretrained(place)}")
     return 0

@@ -88,6 +88,19 @@ def check(out: str | Path, readme: str | Path | None = None) -> int:
 
     groups, folder = _groups(out), Path(out).expanduser()
     texts = _texts(groups, folder, readme)
+    stale = differences(texts)
+    if any(map(panels, groups)) and not (folder / PLOT).is_file():
+        stale.append(f"{PLOT} is missing")
+    if not stale:
+        print("\n".join(f"{place} is up to date." for place in texts))
+        return 0
+    option = f" --readme {readme}" if readme else ""
+    print(f"{' and '.join(stale)}: run `python -m harness report --out {out}{option}`.")
+    return 1
+
+
+def differences(texts: dict[Path, str]) -> list[str]:
+    """Prints how generated texts differ from their files; returns a clause for each file that does."""
     lines: list[str] = []
     stale = []
     for place, text in texts.items():
@@ -96,17 +109,11 @@ def check(out: str | Path, readme: str | Path | None = None) -> int:
         if found := list(difflib.unified_diff(*pair, str(place), "records", n=0, lineterm="")):
             lines += found
             stale.append(f"{place} differs from its records")
-    if any(map(panels, groups)) and not (folder / PLOT).is_file():
-        stale.append(f"{PLOT} is missing")
-    if not stale:
-        print("\n".join(f"{place} is up to date." for place in texts))
-        return 0
-    print("\n".join(line[:200] for line in lines[:SHOWN_DIFFERENCES]))
+    if lines:
+        print("\n".join(line[:200] for line in lines[:SHOWN_DIFFERENCES]))
     if len(lines) > SHOWN_DIFFERENCES:
         print(f"... and {len(lines) - SHOWN_DIFFERENCES} more lines")
-    option = f" --readme {readme}" if readme else ""
-    print(f"{' and '.join(stale)}: run `python -m harness report --out {out}{option}`.")
-    return 1
+    return stale
 
 
 def page(groups: Sequence[Group]) -> str:
@@ -210,6 +217,10 @@ def _warnings(found: Group) -> list[str]:
     if len({r.get("source") for r in records}) > 1:
         doubts.append("not all rows come from the same source code")
     doubts += sorted({note for row in found.rows for note in row.part("latency").get("notes") or ()})
+    for row in found.rows:
+        doubts += [
+            f"{row.label}, {text}" for text in (row.part("artifact").get("manifest") or {}).get("warnings") or ()
+        ]
     return [f"**Caution:** {'; '.join(doubts)}."] if doubts else []
 
 

@@ -112,6 +112,9 @@ def _measure_cell(
         result = session.measure(cell)
         if result["artifact"]["manifest"].get("target_reached") is False:
             display.say(f"  {cell.label}: the search ended before the target; the realised density is what counts")
+        for kind in ("notes", "warnings"):
+            for text in result["artifact"]["manifest"].get(kind) or ():
+                display.say(f"  {cell.label}: {text}")
         return {"status": "ok", "error": None, **result}, session
     except UsageError as error:
         display.say(f"  {cell.label} failed: {error}")

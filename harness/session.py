@@ -13,6 +13,7 @@ from methods import Artifact, SparseModel, sparsify
 from methods.artifact import fingerprint
 from methods.base import Progress
 from methods.registry import create
+from methods.runtime import why_not
 
 from . import artifacts, cost, fidelity, latency, models
 from .corpus import Corpus, load_corpus, token_windows
@@ -100,10 +101,8 @@ class Session:
         with sparsify(self.model, artifact, cell.mode) as handle:
             quality = self._quality_of(cell, handle)
             handle.meter.counts.update(quality.counts)
-            path_kl = self._check_paths(handle, quality)
-            timing = bench.measure(
-                handle, lambda: self._timed_bytes(handle, cell), lambda a, b: self.progress("decode latency", a, b)
-            )
+            paths = self._check_paths(handle, quality)
+            timing = self._time(bench, handle, cell)
             costs, density = cost.record(handle, self.shape, cell.context, cell.batch)
         return {
             "model": self.describe(),
@@ -118,18 +117,37 @@ class Session:
             "accuracy": quality.accuracy,
             "items": quality.items,
             "evaluation_batch": EVALUATION_BATCH,
-            "latency": {**timing, "path_kl": path_kl},
+            "latency": {**timing, **paths},
         }
 
-    def _check_paths(self, handle: SparseModel, quality: Quality) -> float:
+    def _time(self, bench: latency.Bench, handle: SparseModel, cell: Cell) -> dict[str, Any]:
+        """The record's latency. Controls have none, and so no rank: they may look at what they skip."""
+        if "control" in self.artifact(cell).manifest:
+            bench.count(handle)
+            return {}
+        return bench.measure(
+            handle, lambda: self._timed_bytes(handle, cell), lambda a, b: self.progress("decode latency", a, b)
+        )
+
+    def _check_paths(self, handle: SparseModel, quality: Quality) -> dict[str, float]:
         """Nothing is timed whose decode step computes something else than what was evaluated."""
         window = self.windows[:1].to(self.device)
-        found = fidelity.kernel_check(self.model, handle, window, window.shape[1] // 2)
-        limit = fidelity.kernel_tolerance(quality.fidelity)
-        if not found <= limit:  # also true for NaN
-            raise RuntimeError(
-                f"the timed decode step is {found:.2g} nats per token from the evaluated one (limit {limit:.2g})"
-            )
+        found: dict[str, float] = {}
+        if self.device.type == "cuda" and why_not(self.model) is None:
+            found["block_error"] = fidelity.block_check(self.model, handle, window)
+            if not found["block_error"] <= fidelity.BLOCK_TOLERANCE:  # also true for NaN
+                raise RuntimeError(
+                    f"the timed decoder blocks are {found['block_error']:.2g} off the evaluated ones, relatively "
+                    f"(limit {fidelity.BLOCK_TOLERANCE:.2g})"
+                )
+        if not self.synthetic or "block_error" not in found:
+            found["path_kl"] = fidelity.kernel_check(self.model, handle, window, window.shape[1] // 2)
+            limit = fidelity.kernel_tolerance(quality.fidelity)
+            if not found["path_kl"] <= limit:
+                raise RuntimeError(
+                    f"the timed decode step is {found['path_kl']:.2g} nats per token from the evaluated one "
+                    f"(limit {limit:.2g})"
+                )
         return found
 
     def close(self) -> None:

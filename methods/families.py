@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -138,3 +139,9 @@ def why_no_experts(method: str, config: Any, size: int) -> str | None:
         f"{method} groups FFN neurons into experts of {size}, which does not divide this model's {width}: "
         f"choose --methods {method}:expert_size={fits}."
     )
+
+
+def cached(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """The keyword under which this version of transformers takes a KV cache; an unknown one it would ignore."""
+    known = inspect.signature(type(model).forward).parameters
+    return {"cache" if "cache" in known else "past_key_values": cache}

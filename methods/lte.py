@@ -8,21 +8,24 @@ the model adapt. Density follows from the efficiency weight eta, which is search
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from .artifact import Artifact, fingerprint
-from .base import Attachment, Data, Method, Progress, silent
+from .artifact import Artifact
+from .base import Attachment, Data, Method, Progress, silent, sparsify
 from .errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+    from sparse_kernels.layers import Meter, Phase
+
+    from .families import Block
+    from .shared.student import Tuning
 
 
 TAU = 0.5  # the paper's threshold on sigmoid scores, in all experiments; the same decision as logit > 0
@@ -74,26 +77,14 @@ class Lte(Method):
     options: LteOptions
 
     def why_not(self, config: Any) -> str | None:
-        from .families import activation_of
+        from .families import why_no_experts
 
-        try:
-            activation_of(config)
-        except UsageError as error:
-            return str(error)
-        width = getattr(config, "intermediate_size", None) or config.ffn_dim
-        size = self.options.expert_size
-        if width % size:
-            fits = max(s for s in range(1, size + 1) if width % s == 0)
-            return (
-                f"lte groups FFN neurons into experts of {size}, which does not divide this model's {width}: "
-                f"choose --methods lte:expert_size={fits}."
-            )
-        return None
+        return why_no_experts(self.name, config, self.options.expert_size)
 
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:
-        trainer = _Trainer(self.options, model, data, progress)
+        trainer = _Trainer(self, model, data, progress)
         for density in densities:
             if density is None:
                 raise UsageError("lte needs a target density: add --density 0.5.")
@@ -105,69 +96,49 @@ class Lte(Method):
         import torch
 
         from .families import blocks
+        from .shared.selection import threshold_quantiles
 
         if density is None:
             raise UsageError("lte needs a target density: add --density 0.5.")
         tensors: dict[str, Tensor] = {}
-        handles = []
-
-        def listen(index: int, router: Tensor) -> Any:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                scores = torch.nn.functional.linear(args[0], router.to(args[0])).float().flatten()
-                sample = scores[torch.randint(len(scores), (100_000,), device=scores.device)]
-                tensors[f"threshold.{index}"] = sample.quantile(1 - density).reshape(1).cpu()
-
-            return hook
-
         generator = torch.Generator().manual_seed(0)
         for block in blocks(model):
             width, hidden = block.linears["up"].weight.shape
             router = torch.randn(width // self.options.expert_size, hidden, generator=generator) * hidden**-0.5
             tensors[f"router.{block.index}"] = router.to(torch.bfloat16)
-            handles.append(block.linears["up"].register_forward_pre_hook(listen(block.index, router)))
-        with torch.inference_mode():
-            model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
-        for handle in handles:
-            handle.remove()
+        with sparsify(model, self.artifact(model, density, tensors, {})) as handle:
+            tensors |= threshold_quantiles(handle, tokens, density)
         return self.artifact(model, density, tensors, {"synthetic": True})
 
     def attach(self, attachment: Attachment) -> None:
         import torch
 
-        from sparse_kernels.layers import ExpertFFN
+        from sparse_kernels.selectors import Router
 
-        from .families import activation_of, blocks
-        from .shared.experts import dequantise, neuron_order, permuted, place_ffn
+        from .families import activation_of
+        from .shared.experts import attach_experts
 
         tensors = attachment.artifact.tensors
-        order = neuron_order(attachment.model, tensors)
-        for name, parameter in list(attachment.model.named_parameters(remove_duplicate=False)):
-            if name in order or f"delta.{name}" in tensors:
-                value = permuted(parameter.detach(), order.get(name))
-                if f"delta.{name}" in tensors:
-                    value = value.float() + dequantise(tensors, name).to(value.device)
-                attachment.set_parameter(name, value)
-        activation = activation_of(attachment.model.config)
-        for block in blocks(attachment.model):
-            router = tensors[f"router.{block.index}"]
-            threshold = tensors.get(f"threshold.{block.index}", torch.zeros(1))
-            gate, up, down = block.linears.get("gate"), block.linears["up"], block.linears["down"]
-            shared = block.index, attachment.phase, attachment.meter
-            place_ffn(block, ExpertFFN(gate, up, down, activation, router, threshold, *shared), attachment.replace)
+
+        def selector(index: int, layer: nn.Module) -> Router:
+            threshold = tensors.get(f"threshold.{index}", torch.zeros(1))
+            return Router((tensors[f"router.{index}"],), "threshold", threshold)
+
+        attach_experts(attachment, activation_of(attachment.model.config), self.options.expert_size, selector)
 
 
 class _Trainer:
     """Stage 1 for as many eta as the search asks for (each trained once), stage 2 for the chosen one."""
 
-    def __init__(self, options: LteOptions, model: PreTrainedModel, data: Data, progress: Progress) -> None:
+    def __init__(self, method: Lte, model: PreTrainedModel, data: Data, progress: Progress) -> None:
         from .families import blocks
         from .shared.clustering import balanced_kmeans, expert_permutation
+        from .shared.student import Tuning, learning_rate
 
-        start = perf_counter()
-        self.options, self.model, self.data, self.progress = options, model, data, progress
-        self.windows = data.train(options.batch * max(options.stage1_steps, options.stage2_steps))
-        hidden: Any = model.config.hidden_size
-        self.lr = options.lr or 1.5e-5 * 4096 / hidden
+        start, options = perf_counter(), method.options
+        self.method, self.options, self.model, self.data = method, options, model, data
+        windows = data.train(options.batch * max(options.stage1_steps, options.stage2_steps))
+        self.tuning = Tuning(windows, options.batch, learning_rate(model, options.lr), data.seed, progress)
         self.trained: dict[float, dict[str, Tensor]] = {}
         self.density: dict[float, float] = {}
         self.permutations = {}
@@ -183,6 +154,7 @@ class _Trainer:
     def reach(self, density: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The artifact's tensors and manifest for one target density."""
         from .shared.search import search
+        from .shared.selection import expert_usage, mean_density, warnings
 
         eta = self.options.eta or search(
             density, self.density, self._stage1, self.options.tolerance, self.options.trials
@@ -192,120 +164,82 @@ class _Trainer:
         start, label = perf_counter(), f"lte stage 2 at density {density:.2f}"
         student = self._student(self.trained[eta])
         losses = student.train_hard(self.options.stage2_steps, label, self._file(eta, 2))
+        usage = expert_usage(student.student, self.data.calibration)
         manifest = {
             "corpus": self.data.corpus,
             "seed": self.data.seed,
             "eta": eta,
             "search": {f"{e:.4g}": round(d, 4) for e, d in sorted(self.density.items())},
-            "lr": self.lr,
+            "lr": self.tuning.lr,
             "stage1_density": round(self.density[eta], 4),
             "target_reached": abs(self.density[eta] - density) <= self.options.tolerance,
             "stage2_loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]],
-            "stage2_density": round(student.density(self.data.calibration), 4),
-            "tokens": self.tokens + self.options.stage2_steps * self.options.batch * self.windows.shape[1],
+            "stage2_density": round(mean_density(usage), 4),
+            "warnings": warnings(usage),
+            "tokens": self.tokens + self.tuning.tokens(self.options.stage2_steps),
             "seconds": round(self.seconds + perf_counter() - start, 1),
             "device": next(self.model.parameters()).device.type,
         }
         return student.tensors(self.model, self.permutations), manifest
 
     def _stage1(self, eta: float) -> None:
+        from .shared.selection import expert_usage, mean_density
+
         start = perf_counter()
         student = self._student(None)
         student.train_soft(eta, self.options.stage1_steps, f"lte stage 1 at eta {eta:.3g}", self._file(eta, 1))
-        self.density[eta] = student.density(self.data.calibration)
+        self.density[eta] = mean_density(expert_usage(student.student, self.data.calibration))
         self.trained[eta] = student.state()
-        self.tokens += self.options.stage1_steps * self.options.batch * self.windows.shape[1]
+        self.tokens += self.tuning.tokens(self.options.stage1_steps)
         self.seconds += perf_counter() - start
 
     def _student(self, state: dict[str, Tensor] | None) -> _Student:
-        data = self.windows, self.data.seed
-        return _Student(self.options, self.model, self.permutations, state, self.lr, *data, self.progress)
+        return _Student(self.options, self.model, self.tuning, self.permutations, state)
 
     def _file(self, eta: float, stage: int) -> Path | None:
-        if self.data.workspace is None:
-            return None
-        identity = json.dumps([asdict(self.options), self.data.corpus, self.data.seed, fingerprint(self.model)])
-        name = hashlib.sha256(identity.encode()).hexdigest()[:12]
-        return Path(self.data.workspace) / f"lte-{name}-eta{eta:.6g}-stage{stage}.safetensors"
+        from .shared.student import checkpoint_file
+
+        return checkpoint_file(self.data, self.method, self.model, f"eta{eta:.6g}-stage{stage}")
 
 
 class _Student:
-    """A float32 copy of the model, neurons in expert order, with a trainable router in every FFN."""
+    """A student with neurons in expert order and a trainable router in every FFN."""
 
     def __init__(
         self,
         options: LteOptions,
         model: PreTrainedModel,
+        tuning: Tuning,
         permutations: dict[str, Tensor],
         state: dict[str, Tensor] | None,
-        lr: float,
-        windows: Tensor,
-        seed: int,
-        progress: Progress,
     ) -> None:
-        import copy
-
         import torch
 
-        from sparse_kernels.layers import Meter, Phase
+        from sparse_kernels.selectors import Router
 
-        from .families import activation_of, blocks
-        from .shared.experts import neuron_order, permuted, place_ffn
+        from .families import activation_of
         from .shared.routing import SoftExpertFFN
+        from .shared.student import Student
 
-        self.options, self.lr, self.windows, self.seed, self.progress = options, lr, windows, seed, progress
-        self.phase, self.meter = Phase(), Meter()
-        self.phase.active = True
-        self.model = copy.deepcopy(model).float().requires_grad_(True)
-        self.parameters = dict(self.model.named_parameters())
-        embeddings = {id(m.weight) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())}
-        with torch.no_grad():
-            for name, order in neuron_order(self.model, permutations).items():
-                self.parameters[name].copy_(permuted(self.parameters[name], order))
-        for parameter in self.parameters.values():
-            parameter.requires_grad_(id(parameter) not in embeddings)
-        self.layers: list[SoftExpertFFN] = []
-        generator = torch.Generator().manual_seed(seed)
-        for block in list(blocks(self.model)):
-            linears = block.linears
-            experts, bound = linears["up"].out_features // options.expert_size, linears["up"].in_features ** -0.5
-            router = (torch.rand(experts, linears["up"].in_features, generator=generator) * 2 - 1) * bound
-            layer = SoftExpertFFN(
-                linears.get("gate"),
-                linears["up"],
-                linears["down"],
-                activation_of(self.model.config),
-                router,
-                torch.zeros(1),
-                block.index,
-                self.phase,
-                self.meter,
-            )
-            layer.router.requires_grad_(True)
-            self.layers.append(layer)
-            place_ffn(block, layer, self._set)
+        generator, activation = torch.Generator().manual_seed(tuning.seed), activation_of(model.config)
+
+        def layer(block: Block, phase: Phase, meter: Meter) -> SoftExpertFFN:
+            gate, up, down = block.linears.get("gate"), block.linears["up"], block.linears["down"]
+            experts, width = up.out_features // options.expert_size, up.in_features
+            router = (torch.rand(experts, width, generator=generator) * 2 - 1) * width**-0.5
+            shared = activation, options.expert_size, Router((router,)), block.index, phase, meter
+            made = SoftExpertFFN(gate, up, down, *shared)
+            return made.requires_grad_(True)
+
+        self.options, self.seed = options, tuning.seed
+        self.student = Student(model, tuning, permutations, layer)
+        self.model, self.parameters = self.student.model, self.student.parameters
+        self.layers: list[Any] = self.student.layers()
         if state is not None:
-            self._load(state)
-
-    def _set(self, path: str, module: nn.Module) -> None:
-        parent, _, name = path.rpartition(".")
-        setattr(self.model.get_submodule(parent), name, module)
+            self.student.load(state)
 
     def state(self) -> dict[str, Tensor]:
-        return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
-
-    def _load(self, state: dict[str, Tensor]) -> None:
-        import torch
-
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(state[name])
-
-    def _task_loss(self, windows: Tensor) -> Tensor:
-        import torch
-
-        logits = self.model(input_ids=windows, use_cache=False).logits
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), windows[:, 1:].flatten())
+        return self.student.state()
 
     def train_soft(self, eta: float, steps: int, label: str, checkpoint: Path | None) -> list[float]:
         """Stage 1: task + eta * efficiency + lambda * separability (LTE, eqs. 4-6), everything trained."""
@@ -314,81 +248,41 @@ class _Student:
         for layer in self.layers:
             layer.soft = True
 
-        def loss(windows: Tensor) -> Tensor:
-            task = self._task_loss(windows)
+        def loss(windows: Tensor, done: float) -> Tensor:
+            task = self.student.task_loss(windows)
             scores = torch.stack([layer.scores for layer in self.layers])
             efficiency, separability = penalties(scores, self.options.sep_eps)
             return task + eta * efficiency + self.options.lambda_sep * separability
 
-        return self._train(loss, steps, label, checkpoint)
+        losses = self.student.train(loss, steps, label, checkpoint)
+        for layer in self.layers:
+            layer.soft = False
+        return losses
 
     def train_hard(self, steps: int, label: str, checkpoint: Path | None) -> list[float]:
         """Stage 2: routers frozen, experts on or off, the model adapts on the task loss alone."""
         for layer in self.layers:
-            layer.soft = False
-            layer.router.requires_grad_(False)
-        return self._train(self._hard_loss, steps, label, checkpoint) if steps else []
+            layer.selector.requires_grad_(False)
+        return self.student.train(self._hard_loss, steps, label, checkpoint) if steps else []
 
-    def _hard_loss(self, windows: Tensor) -> Tensor:
+    def _hard_loss(self, windows: Tensor, done: float) -> Tensor:
         import torch
 
-        if self.options.dense_prefix:
-            positions = torch.arange(windows.shape[1], device=windows.device)
-            # Drawn from the batch itself, so that a resumed training cuts the same windows at the same places.
-            generator = torch.Generator().manual_seed(int(windows.sum()))
-            cut = torch.randint(windows.shape[1], (len(windows), 1), generator=generator).to(windows.device)
-            self.phase.active = positions >= cut
-        try:
-            return self._task_loss(windows)
-        finally:
-            self.phase.active = True
-
-    def _train(self, loss: Any, steps: int, label: str, checkpoint: Path | None) -> list[float]:
-        from .shared.training import train
-
-        return train(
-            self.model,
-            self.windows,
-            loss,
-            steps=steps,
-            batch=self.options.batch,
-            learning_rate=self.lr,
-            seed=self.seed,
-            label=label,
-            progress=self.progress,
-            checkpoint=checkpoint,
-        )
-
-    def density(self, windows: Tensor) -> float:
-        """The share of experts that the threshold leaves on, over calibration text, all layers weighted equally."""
-        import torch
-
-        for layer in self.layers:
-            layer.soft = False
-        self.meter.reset()
-        device = next(self.model.parameters()).device
-        with torch.inference_mode(), self.meter.on():
-            for start in range(0, min(len(windows), 16), 4):
-                self.model(input_ids=windows[start : start + 4].to(device), use_cache=False, logits_to_keep=1)
-        counts = [torch.cat(found).float().mean() for found in self.meter.counts.values()]
-        return float(torch.stack(counts).mean()) / self.layers[0].units
+        if not self.options.dense_prefix:
+            return self.student.task_loss(windows)
+        positions = torch.arange(windows.shape[1], device=windows.device)
+        # Drawn from the batch itself, so that a resumed training cuts the same windows at the same places.
+        generator = torch.Generator().manual_seed(int(windows.sum()))
+        cut = torch.randint(windows.shape[1], (len(windows), 1), generator=generator).to(windows.device)
+        with self.student.positions(positions >= cut):
+            return self.student.task_loss(windows)
 
     def tensors(self, base: PreTrainedModel, permutations: dict[str, Tensor]) -> dict[str, Tensor]:
         """The artifact: permutations, routers, and every trained parameter as a difference to the dense one."""
         import torch
 
-        from .shared.experts import neuron_order, permuted, quantise
-
-        found = dict(permutations)
-        order = neuron_order(base, permutations)
-        for layer in self.layers:
-            found[f"router.{layer.layer}"] = layer.router.detach().cpu().to(torch.bfloat16)
-        for name, original in base.named_parameters():
-            parameter = self.parameters[name]
-            if parameter.requires_grad:
-                delta = parameter.detach() - permuted(original.detach(), order.get(name)).float()
-                found[f"delta.{name}"], found[f"scale.{name}"] = quantise(delta)
-        return found
+        routers = {f"router.{n.layer}": n.selector.layers[0].detach().cpu().to(torch.bfloat16) for n in self.layers}
+        return {**permutations, **routers, **self.student.deltas(base, permutations)}
 
 
 def penalties(scores: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,9 @@ BUILT_IN = {
     "null": "methods.null:Null",
     "teal": "methods.teal:Teal",
     "lte": "methods.lte:Lte",
+    "moefication": "methods.moefication:Moefication",
+    "d2dmoe": "methods.d2dmoe:D2dmoe",
+    "dense-finetuned": "methods.dense_finetuned:DenseFinetuned",
 }
 
 

@@ -9,7 +9,7 @@ dense baseline. Everything else (prompts, other caches) runs as before, and afte
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,6 +92,7 @@ class FastBlock:
         attention: Any = find("self_attn")
         self.qkv = Projection([find(layout.linears[name]) for name in "qkv"])
         self.o = Projection([find(layout.linears["o"])])
+        assert layout.norms is not None  # `why_not` has seen to it
         self.first, self.second = (Norm(find(path)) for path in layout.norms)
         self.dim: int = attention.head_dim
         self.scale: float = attention.scaling
@@ -119,7 +120,7 @@ class FastBlock:
         return layer.is_initialized and (self.phase is None or self.phase())
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
         if args or not self.serves(hidden_states, cache):
             return self.slow(hidden_states, *args, **kwargs)
         step, layer = self.step, cache.layers[self.index]
@@ -164,6 +165,13 @@ def why_not(model: PreTrainedModel) -> str | None:
     if getattr(model.config, "do_layer_norm_before", True) is False:
         return "the decode runtime norms before attention and FFN, this model after them."
     return None
+
+
+def fast_steps(model: PreTrainedModel, handle: SparseModel | None = None) -> Any:
+    """`runtime` where the model is on a GPU and has blocks for it, else nothing: how decode steps are timed here."""
+    if model.device.type == "cuda" and why_not(model) is None:
+        return runtime(model, handle)
+    return nullcontext()
 
 
 @contextmanager

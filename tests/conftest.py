@@ -12,7 +12,15 @@ import os
 import pytest
 import torch
 
-KERNEL_MODULES = ("selection.kernel", "input_linear.kernel", "expert_ffn.kernel", "stream")
+KERNEL_MODULES = (
+    "selection.kernel",
+    "glue.kernel",
+    "input_linear.kernel",
+    "expert_ffn.kernel",
+    "neuron_ffn.kernel",
+    "attention.kernel",
+    "stream",
+)
 
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     previous = os.environ.get("TRITON_INTERPRET")

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparse_kernels.layers import ExpertFFN
+
 from ..base import Progress, silent
-from ..families import Block, blocks
+from ..families import Block, blocks, layout_of
+
+if TYPE_CHECKING:
+    from ..base import SparseModel
 
 BINS = 1 << 16  # 8 exponent bits and 8 mantissa bits of a float32: bins are 0.4 % wide at every magnitude
 
@@ -80,26 +85,61 @@ def input_histograms(
     return found
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def block_calls(model: PreTrainedModel, windows: Tensor) -> Iterator[tuple[Block, Tensor, dict[str, Any]]]:
     """For each decoder block: the block, its dense input [n, window, d] and the other arguments of its call.
 
     One dense pass learns each block's keyword arguments (masks, rotary embeddings) and the first block's input;
     the inputs of later blocks follow by running the blocks one after another, so only two are alive at a time.
     """
-    device = next(model.parameters()).device
-    calls: list[tuple[Tensor, dict[str, Any]]] = []
+    found = list(blocks(model))
+    hidden, arguments = _first_call(model, [b.module for b in found], windows)
+    for block, kwargs in zip(found, arguments, strict=True):
+        yield block, hidden, kwargs
+        hidden = block.module(hidden, **kwargs)
+
+
+def _first_call(
+    model: PreTrainedModel, modules: list[nn.Module], windows: Tensor
+) -> tuple[Tensor, list[dict[str, Any]]]:
+    """The input [n, window, d] of the first of these blocks, and the other arguments of each."""
+    inputs: list[Tensor] = []
+    arguments: list[dict[str, Any]] = []
 
     def remember(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        rest = {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "use_cache")}
-        calls.append((hidden if not calls else hidden[:0], rest))
+        arguments.append(
+            {k: v for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "cache", "use_cache")}
+        )
+        inputs.append(hidden if not inputs else hidden[:0])
 
-    found = list(blocks(model))
-    handles = [b.module.register_forward_pre_hook(remember, with_kwargs=True) for b in found]
-    with _hooks(handles):
+    with _hooks([m.register_forward_pre_hook(remember, with_kwargs=True) for m in modules]):
+        device = next(model.parameters()).device
         model(input_ids=windows.to(device), use_cache=False, logits_to_keep=1)
-    hidden = calls[0][0]
-    for block, (_, kwargs) in zip(found, calls, strict=True):
-        yield block, hidden, kwargs
-        hidden = block.module(hidden, **kwargs)
+    return inputs[0], arguments
+
+
+@torch.no_grad()
+def ffn_inputs(
+    handle: SparseModel, windows: Tensor, label: str, progress: Progress = silent, batch: int = 8
+) -> Iterator[tuple[ExpertFFN, Tensor]]:
+    """For each expert FFN of an attached model: the layer and its inputs [tokens, d] when everything is dense.
+
+    Block after block, so that the inputs of one are alive at a time. The first position of every window is left out:
+    large models put activations there that dwarf all others.
+    """
+    model, window = handle.model, windows.shape[1]
+    layers = [layer for layer in handle.layers() if isinstance(layer, ExpertFFN)]
+    modules = list(model.get_submodule(layout_of(model.config).layers).children())
+    with handle.dense():
+        chunks = []
+        for part in windows.split(batch):
+            chunks.append(_first_call(model, modules, part))
+            progress(f"{label}, reading text", len(chunks) * batch, len(windows))
+        hidden = [first for first, _ in chunks]
+        for index, (module, layer) in enumerate(zip(modules, layers, strict=True)):
+            found: list[Tensor] = []
+            with _hooks([layer.register_forward_pre_hook(lambda m, a, to=found: to.append(a[0].detach()))]):
+                for at, (_, arguments) in enumerate(chunks):
+                    hidden[at] = module(hidden[at], **arguments[index])
+            yield layer, torch.cat([x.reshape(-1, window, x.shape[-1])[:, 1:].flatten(0, 1) for x in found])

@@ -22,7 +22,6 @@ def balanced_kmeans(features: Tensor, size: int, seed: int = 0, iterations: int 
     rows = F.normalize(features.detach().float(), dim=1)
     generator = torch.Generator().manual_seed(seed)
     centres = rows[torch.randperm(n, generator=generator)[: n // size].to(rows.device)]
-    assign = _exact if n <= EXACT_LIMIT else _stable
     labels = torch.full((n,), -1, device=rows.device)
     for _ in range(iterations):
         previous, labels = labels, assign(torch.cdist(rows, centres) ** 2, size)
@@ -30,6 +29,16 @@ def balanced_kmeans(features: Tensor, size: int, seed: int = 0, iterations: int 
             break
         centres = torch.zeros_like(centres).index_add_(0, labels, rows) / size
     return labels
+
+
+def random_split(n: int, size: int, seed: int = 0) -> Tensor:
+    """Labels int64 [n] of groups of `size`, drawn at random."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)) // size
+
+
+def assign(cost: Tensor, size: int) -> Tensor:
+    """A column for every row, `size` rows per column, at little total cost; cost: [n, n / size]."""
+    return _exact(cost, size) if cost.shape[0] <= EXACT_LIMIT else _stable(cost, size)
 
 
 def _exact(cost: Tensor, size: int) -> Tensor:

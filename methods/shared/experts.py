@@ -8,6 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparse_kernels.layers import ExpertFFN
+from sparse_kernels.selectors import Selector
+
+from ..base import Attachment
 from ..families import Block, blocks
 
 
@@ -49,3 +53,44 @@ def quantise(delta: Tensor) -> tuple[Tensor, Tensor]:
 def dequantise(tensors: dict[str, Tensor], name: str) -> Tensor:
     delta, scale = tensors[f"delta.{name}"], tensors[f"scale.{name}"]
     return delta.float() * (scale.unsqueeze(1) if delta.dim() > 1 else scale)
+
+
+def reordered(deltas: dict[str, Tensor], model: PreTrainedModel, permutations: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Differences that were taken in the model's own order of neurons, in the order of `permutations`."""
+    found = dict(deltas)
+    for name, (permutation, axis) in neuron_order(model, permutations).items():
+        if f"delta.{name}" in found:
+            found[f"delta.{name}"] = permuted(found[f"delta.{name}"], (permutation, axis))
+            if axis == 0 and found[f"delta.{name}"].dim() > 1:
+                found[f"scale.{name}"] = permuted(found[f"scale.{name}"], (permutation, 0))
+    return found
+
+
+def attach_weights(attachment: Attachment) -> None:
+    """Puts the artifact's fine-tuned weights in place, and neurons in the order of its permutations."""
+    tensors = attachment.artifact.tensors
+    order = neuron_order(attachment.model, tensors)
+    for name, parameter in list(attachment.model.named_parameters(remove_duplicate=False)):
+        if name in order or f"delta.{name}" in tensors:
+            value = permuted(parameter.detach(), order.get(name))
+            if f"delta.{name}" in tensors:
+                value = value.float() + dequantise(tensors, name).to(value.device)
+            attachment.set_parameter(name, value)
+
+
+def attach_experts(
+    attachment: Attachment, activation: str, size: int, selector: Callable[[int, ExpertFFN], Selector | None]
+) -> None:
+    """Weights as `attach_weights`, then every FFN as experts of `size` neurons.
+
+    selector: called with the block's index and its layer; None leaves the layer dense. Tensors `mean.<block>`, where
+    the artifact has them, stand in for what neurons outside the selection would have computed.
+    """
+    attach_weights(attachment)
+    for block in blocks(attachment.model):
+        gate, up, down = block.linears.get("gate"), block.linears["up"], block.linears["down"]
+        mean = attachment.artifact.tensors.get(f"mean.{block.index}")
+        shared = block.index, attachment.phase, attachment.meter
+        layer = ExpertFFN(gate, up, down, activation, size, None, *shared, mean)
+        layer.set_selector(selector(block.index, layer))
+        place_ffn(block, layer, attachment.replace)

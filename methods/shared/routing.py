@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from sparse_kernels.layers import ExpertFFN
+from sparse_kernels.selectors import Router
 
 
 class SoftExpertFFN(ExpertFFN):
@@ -21,7 +21,7 @@ class SoftExpertFFN(ExpertFFN):
     def forward(self, x: Tensor) -> Tensor:
         if not self.soft:
             return super().forward(x)
-        # In float32 whatever autocast does: bfloat16 scores would often equal the threshold exactly.
-        with torch.autocast(x.device.type, enabled=False):
-            self.scores = torch.sigmoid(F.linear(x.float(), self.router.float()))
+        assert isinstance(self.selector, Router)
+        with torch.autocast(x.device.type, enabled=False):  # for the selector's reasons
+            self.scores = torch.sigmoid(self.selector.score(x.float()))
         return self.down((self.hidden(x) * self.scores.unsqueeze(-1).to(x.dtype)).flatten(-2))

@@ -1,4 +1,4 @@
-"""Finds the strength of a penalty that gives a target density, one training per trial."""
+"""Finds the strength of a penalty, or the thresholds, that give a target density."""
 
 from __future__ import annotations
 
@@ -33,3 +33,26 @@ def search(
         else:
             trial(1.0)
     return min(known, key=lambda s: abs(known[s] - density))
+
+
+def bisect(
+    density: float, measure: Callable[[list[float]], list[float]], count: int, tolerance: float, trials: int
+) -> list[float]:
+    """Thresholds in [0, 1], `count` at once, whose densities are all within `tolerance` of the target.
+
+    measure: densities for thresholds; a larger threshold gives a smaller density, and the others' thresholds should
+    matter little. Stops after `trials` measurements with those that were nearest.
+    """
+    low, high = [0.0] * count, [1.0] * count
+    best, error = low, math.inf
+    for _ in range(trials):
+        middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+        found = measure(middle)
+        worst = max(abs(d - density) for d in found)
+        if worst < error:
+            best, error = middle, worst
+        if error <= tolerance:
+            break
+        low = [m if d > density else a for a, m, d in zip(low, middle, found, strict=True)]
+        high = [b if d > density else m for b, m, d in zip(high, middle, found, strict=True)]
+    return best

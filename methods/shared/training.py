@@ -1,8 +1,9 @@
-"""The training loop every trained method uses: same optimiser, same schedule, resumable."""
+"""The training loop every trained method uses: same optimiser, same schedules, resumable."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -15,68 +16,118 @@ from ..base import Progress, silent
 
 CHECKPOINT_SECONDS = 60.0
 
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "linear": lambda left: left,
+    "cosine": lambda left: 0.5 * (1 - math.cos(math.pi * left)),
+    "constant": lambda left: 1.0,
+}
+
 
 def train(
     model: nn.Module,
     windows: Tensor,
-    loss: Callable[[Tensor], Tensor],
+    loss: Callable[[Tensor, float], Tensor],
     *,
     steps: int,
     batch: int,
     learning_rate: float,
+    schedule: str = "linear",
     warmup: float = 0.06,
+    accumulate: int = 1,
+    mixed: bool = True,
+    validate: Callable[[], float] | None = None,
+    every: int = 1,
+    patience: int = 0,
     seed: int = 0,
     label: str = "training",
     progress: Progress = silent,
     checkpoint: Path | None = None,
 ) -> list[float]:
-    """Minimises `loss(windows of one batch)` over the parameters of `model` that require gradients.
+    """Minimises `loss(windows of one batch, share of the steps done)` over the parameters that require gradients.
 
-    AdamW (0.9, 0.999), no weight decay, gradient clipping at 1.0, linear warm-up then linear decay to zero: the
-    defaults of the transformers Trainer, which the LTE paper builds on. Mixed bfloat16 where the hardware has it, else
-    float32.
-    windows: int64 [n, window]; batch: windows per step. Returns the loss of every step. With `checkpoint`, the state
-    is saved every minute and at the end, and a later call with the same arguments goes on from there.
+    AdamW (0.9, 0.999), no weight decay, gradient clipping at 1.0, by default linear warm-up then linear decay to zero:
+    the defaults of the transformers Trainer, which the LTE paper builds on. Mixed bfloat16 where the hardware has it,
+    unless `mixed` is off.
+    windows: [n, ...], of any dtype; batch: windows per step, processed in `accumulate` parts. Returns the loss of every
+    step. `validate` (lower is better) is asked every `every` steps; the best parameters it saw are those at the end,
+    and training stops after `patience` answers that were no better (0: never). With `checkpoint`, the state is saved
+    every minute and at the end, and a later call with the same arguments goes on from there, to the same result.
     """
     device = next(model.parameters()).device
-    mixed = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    mixed = mixed and (device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda")
     rising = max(1, round(warmup * steps))
-    state = _State(checkpoint, {"steps": steps, "batch": batch, "lr": learning_rate, "seed": seed})
-    losses = state.load(trained, optimiser)
-    saved = perf_counter()
+    best = _Best(trained, patience)
+    identity = [steps, batch, learning_rate, seed, schedule, accumulate, patience]
+    state = _State(checkpoint, json.dumps(identity))
+    losses = state.load(trained, optimiser, best)
+    saved, finished = perf_counter(), bool(losses) and (len(losses) == steps or best.given_up)
     history = [torch.tensor(value) for value in losses]
     for step in range(len(losses), steps):
+        if best.given_up:
+            break
         # Drawn from (seed, step) alone, so that a resumed run sees the same batches.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(windows), (batch,), generator=generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-            value = loss(windows[rows].to(device))
-        value.backward()
+        value = torch.zeros((), device=device)
+        for part in rows.chunk(accumulate):
+            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
+                partial = loss(windows[part].to(device), step / steps) * (len(part) / batch)
+            partial.backward()
+            value += partial.detach()
         nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        left = SCHEDULES[schedule](min(1.0, (steps - step) / max(1, steps - rising)))
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * min((step + 1) / rising, (steps - step) / max(1, steps - rising))
+            group["lr"] = learning_rate * min((step + 1) / rising, left)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        history.append(value.detach())
+        history.append(value)
         if step % 10 == 9 or step + 1 == steps:
             progress(f"{label}, loss {float(history[-1]):.3f}", step + 1, steps)
+        if validate is not None and ((step + 1) % every == 0 or step + 1 == steps):
+            best.see(validate())
         if perf_counter() - saved > CHECKPOINT_SECONDS:
-            state.save(trained, optimiser, history)
+            state.save(trained, optimiser, best, history)
             saved = perf_counter()
-    if len(losses) < steps:
-        state.save(trained, optimiser, history)
+    if not finished:
+        state.save(trained, optimiser, best, history)
+    best.restore()
     return [float(value) for value in history]
 
 
+class _Best:
+    """The parameters with the lowest validation value so far, and how many later values were no lower."""
+
+    def __init__(self, trained: dict[str, nn.Parameter], patience: int) -> None:
+        self.trained, self.patience = trained, patience
+        self.value, self.waited = math.inf, 0
+        self.tensors: dict[str, Tensor] = {}
+
+    @property
+    def given_up(self) -> bool:
+        return 0 < self.patience <= self.waited
+
+    def see(self, value: float) -> None:
+        if value < self.value:
+            self.value, self.waited = value, 0
+            self.tensors = {name: p.detach().clone() for name, p in self.trained.items()}
+        else:
+            self.waited += 1
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for name, tensor in self.tensors.items():
+            self.trained[name].copy_(tensor)
+
+
 class _State:
-    """One safetensors file: parameters, both moments of AdamW, and the losses so far; replaced atomically."""
+    """One safetensors file, replaced atomically: parameters, the best ones, AdamW's moments, the losses so far."""
 
-    def __init__(self, path: Path | None, identity: dict[str, float]) -> None:
-        self.path, self.identity = path, json.dumps(identity, sort_keys=True)
+    def __init__(self, path: Path | None, identity: str) -> None:
+        self.path, self.identity = path, identity
 
-    def load(self, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> list[float]:
+    def load(self, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, best: _Best) -> list[float]:
         if self.path is None or not self.path.exists():
             return []
         from safetensors import safe_open
@@ -86,6 +137,7 @@ class _State:
             if header["identity"] != self.identity:
                 return []
             losses: list[float] = json.loads(header["losses"])
+            best.value, best.waited = json.loads(header["best"])
             with torch.no_grad():
                 for name, parameter in trained.items():
                     parameter.copy_(file.get_tensor(name))
@@ -94,19 +146,24 @@ class _State:
                         "exp_avg": file.get_tensor(f"{name}.m").to(parameter.device),
                         "exp_avg_sq": file.get_tensor(f"{name}.v").to(parameter.device),
                     }
+                    if best.value < math.inf:
+                        best.tensors[name] = file.get_tensor(f"{name}.best").to(parameter.device)
         return losses
 
-    def save(self, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, history: list[Tensor]) -> None:
+    def save(
+        self, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, best: _Best, history: list[Tensor]
+    ) -> None:
         if self.path is None:
             return
         from safetensors.torch import save_file
 
-        tensors = {}
+        tensors = {f"{name}.best": tensor for name, tensor in best.tensors.items()}
         for name, parameter in trained.items():
             moments = optimiser.state[parameter]
             tensors[name] = parameter.detach()
             tensors[f"{name}.m"], tensors[f"{name}.v"] = moments["exp_avg"], moments["exp_avg_sq"]
-        header = {"identity": self.identity, "losses": json.dumps([float(v) for v in history])}
+        losses = json.dumps([float(v) for v in history])
+        header = {"identity": self.identity, "losses": losses, "best": json.dumps([best.value, best.waited])}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_suffix(f".{os.getpid()}")
         save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, scratch, metadata=header)

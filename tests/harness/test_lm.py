@@ -31,7 +31,7 @@ from harness.lm import SparseLM
 from methods.artifact import fingerprint
 from methods.base import Attachment, Method, SparseModel
 from methods.errors import UsageError
-from methods.families import blocks
+from methods.families import blocks, cached
 from methods.registry import create
 from sparse_kernels.layers import SparseLinear
 
@@ -216,10 +216,10 @@ def decode_score(handle: SparseModel, lm: SparseLM, context: str, continuation: 
     if prompt:
         sparse = round(len(prompt) * handle.fraction)
         with handle.positions(torch.arange(len(prompt))[None] >= len(prompt) - sparse):
-            handle.model(input_ids=torch.tensor([prompt]), past_key_values=cache)
+            handle.model(input_ids=torch.tensor([prompt]), **cached(handle.model, cache))
     total = 0.0
     for step, target in zip(steps, right, strict=True):
-        logits = handle.model(input_ids=torch.tensor([[step]]), past_key_values=cache).logits[0, -1]
+        logits = handle.model(input_ids=torch.tensor([[step]]), **cached(handle.model, cache)).logits[0, -1]
         total += float(logits.log_softmax(-1)[target])
     return total
 

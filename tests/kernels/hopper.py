@@ -17,11 +17,12 @@ from sparse_kernels import ACTIVATIONS, bandwidth
 from sparse_kernels.attention import kernel as attention
 from sparse_kernels.expert_ffn import kernel as expert_ffn
 from sparse_kernels.glue import kernel as glue
-from sparse_kernels.input_linear import kernel as input_linear
+from sparse_kernels.input_linear import kernel as linear
+from sparse_kernels.input_linear import launch as linear_launch
 from sparse_kernels.neuron_ffn import kernel as neuron_ffn
 from sparse_kernels.selection import kernel as selection
 
-MODULES = (attention, selection, glue, input_linear, expert_ffn, neuron_ffn, bandwidth)
+MODULES = (attention, selection, glue, linear, expert_ffn, neuron_ffn, bandwidth)
 
 
 class Driver:
@@ -54,13 +55,14 @@ def stack_bytes(cubin: bytes) -> int:
 
 
 def compile_only(kernel, grid, *args, **options):
+    early = options.pop("pdl", True)
     if "PDL" in kernel.arg_names:
-        options |= dict(PDL=True, launch_pdl=True)
+        options |= dict(PDL=True, launch_pdl=early)
     compiled = kernel.warmup(*args, grid=grid, **options)
     ptx = compiled.asm["ptx"]
     record = {
         "kernel": kernel.fn.__name__,
-        "dtype": str(args[0].dtype),
+        "dtypes": sorted({str(a.dtype) for a in args if isinstance(a, torch.Tensor)}),
         "batch": options.get("BATCH"),
         "target": re.search(r"\.target (\w+)", ptx).group(1),
         "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx))
@@ -85,21 +87,44 @@ def main() -> None:
         for batch in (1, 4, 64):
             x, score = torch.empty(batch, 4096, dtype=dtype), torch.empty(batch, 344)
             up = torch.empty(11008, 4096, dtype=dtype)
-            index, count = selection.compact(x, one, True)
-            input_linear.input_linear(x, up.view(4096, 11008), index, count, one, None, 1)
+            selection.compact(x, one, True)
             blocks = selection.compact(score, one, False)
-            h = neuron_ffn.neuron_hidden(
+            neuron_ffn.neuron_hidden(
                 x, up, up, None, None, *blocks, "silu", 32, score=score, threshold=one
             )  # fmt: skip
-            input_linear.input_linear(h, up, *blocks, None, torch.empty(4096, dtype=dtype), 32)
     bias = torch.empty(11008, dtype=up.dtype)
     for activation in ACTIVATIONS:
         neuron_ffn.neuron_hidden(x[:1], None, up, None, bias, *blocks, activation, 32)
-    input_linear.input_linear(x[:1].float(), up.view(4096, 11008).float(), index, count, torch.empty(4096), None, 1)
+    compile_linear()
     compile_selection(one)
     compile_glue()
     compile_ffn(one)
     compile_attention()
+
+
+def compile_linear() -> None:
+    """As `input_linear` and `threshold_linear` call the kernels, on the grids of a GPU."""
+    linear_launch.interpreting, linear_launch.multiprocessors = (lambda: True), (lambda device: 132)
+    limits = torch.empty(3)
+    for dtype in (torch.bfloat16, torch.float16):
+        qkv, gate_up, down = (torch.empty(*s, dtype=dtype) for s in ((4096, 12288), (4096, 22016), (11008, 4096)))
+        index, norm = torch.empty(344, dtype=torch.int32), torch.empty(4096, dtype=dtype)
+        for batch in (1, 4, 64):
+            h, wide = torch.empty(batch, 4096, dtype=dtype), torch.empty(batch, 22016, dtype=dtype)
+            normed = dict(norm="rms", norm_weight=norm, eps=1e-5, stats=linear.row_stats(h))
+            for select in ("threshold", "mask"):
+                linear.linear(h, qkv, select, [4096] * 3, threshold=limits, **normed)
+            if batch == 1:  # more rows with all channels are dense
+                linear.linear(h, gate_up, "all", [22016], **normed)
+            gated = dict(threshold=limits[:1], activation="silu", gated=True, center=down[:, 0].contiguous())
+            for x in (wide, torch.empty(2, batch, 22016)):
+                linear.linear(x, down, "threshold", [4096], side=h, side_up=qkv[:, :4096], **gated)
+            parts, _ = linear.linear(wide[:, :11008], down, "list", [4096], index, index[:1], 32, threshold=limits[:1])
+            linear.combine(parts, norm, h, True, dtype)
+            linear.dense(wide, down[:, :16], [16], **gated)
+    h = torch.empty(1, 4096)
+    linear.linear(h, torch.empty(4096, 12288), "threshold", [12288], threshold=limits[:1], norm="layer", eps=1e-5,
+                  norm_weight=h[0], norm_bias=h[0], center=h[0], stats=linear.row_stats(h))  # fmt: skip
 
 
 def compile_selection(one: torch.Tensor) -> None:

@@ -32,24 +32,23 @@ def test_every_kernel_compiles(launches):
 
 
 @pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float16"])
-@pytest.mark.parametrize("kernel", ["gather_kernel", "hidden_kernel", "score_kernel"])
+@pytest.mark.parametrize("kernel", ["linear_kernel", "hidden_kernel", "score_kernel"])
 @pytest.mark.parametrize("batch", [1, 16, 64])
 def test_weights_load_sixteen_bytes_at_a_time(launches, kernel, dtype, batch):
-    found = [r for r in launches if (r["kernel"], r["dtype"], r["batch"]) == (kernel, dtype, batch)]
-    assert found and all(record["wide_loads"] > 0 for record in found)
-    assert all(record["matrix"] == (batch > 1) for record in found)
+    found = [r for r in launches if (r["kernel"], r["batch"]) == (kernel, batch) and dtype in r["dtypes"]]
+    assert found and all(r["wide_loads"] >= 4 for r in found)
+    assert all(r["matrix"] == (batch > 1) for r in found)
 
 
 def test_caches_load_sixteen_bytes_at_a_time(launches):
     found = [r for r in launches if r["kernel"] == "attention_kernel"]
     assert found and all(r["wide_loads"] >= 24 for r in found)  # merging partial results takes fewer
-    assert all(r["matrix"] for r in found if r["dtype"] != "torch.float32")
+    assert all(r["matrix"] for r in found if set(r["dtypes"]) & {"torch.bfloat16", "torch.float16"})
 
 
-def test_rotation_rounds_products_before_their_sum(launches):
+def test_products_are_rounded_before_their_sum(launches):
     """As torch does: multiplying and adding in one operation of half precision would round only once."""
-    found = [r for r in launches if r["kernel"] == "rope_kernel"]
-    assert found and not any(r["half_fma"] for r in found)
+    assert not [r for r in launches if r["half_fma"]]
 
 
 @pytest.mark.parametrize("kernel", ["fused_kernel", "first_kernel", "routed_hidden_kernel", "routed_down_kernel"])

@@ -58,7 +58,9 @@ def test_threshold_linear_everything_and_nothing(device, batch, select, limit, n
         weight_t.fill_(float("nan"))
     threshold = None if limit is None else torch.full((1,), limit, device=device)
     y = threshold_linear(x, weight_t, threshold, select=select)[0]
-    wanted = torch.zeros(batch, 90, dtype=torch.float64, device=device) if name == "none" else x.double() @ weight_t.double()
+    wanted = (
+        torch.zeros(batch, 90, dtype=torch.float64, device=device) if name == "none" else x.double() @ weight_t.double()
+    )
     assert close(y, wanted)
 
 

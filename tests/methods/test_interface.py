@@ -20,6 +20,12 @@ SPECS = {
     "teal-uniform": "teal:allocation=uniform",
     "teal-greedy": "teal:search_windows=1:base_step=0.5",
     "lte": "lte:stage1_steps=2:stage2_steps=1:trials=1:batch=2:lr=0.01",
+    "moefication": "moefication:windows=16:epochs=1",
+    "moefication-relufied": "moefication:variant=relufied:relu_steps=1:batch=2:windows=16:epochs=1",
+    "moefication-oracle": "moefication:split=random:selector=oracle:windows=16",
+    "d2dmoe": "d2dmoe:steps=2:batch=2:windows=16:epochs=1:lr=0.01",
+    "d2dmoe-top-k": "d2dmoe:steps=0:windows=16:epochs=1:rule=top-k",
+    "dense-finetuned": "dense-finetuned:steps=2:batch=2:lr=0.01",
 }
 
 
@@ -45,7 +51,7 @@ def test_sparsify_is_reversible_bit_for_bit(model: torch.nn.Module, spec: str) -
     before, logits = fingerprint(model), model(input_ids=ids).logits
     with sparsify(model, artifact, "all") as handle:
         sparse = model(input_ids=ids).logits
-        assert bool(handle.layers()) == (spec != "dense")
+        assert bool(handle.layers()) == (not spec.startswith("dense"))
     assert dict(model.named_modules()) == modules
     assert all(found is parameters[name] for name, found in model.named_parameters())
     assert fingerprint(model) == before
@@ -87,7 +93,7 @@ def test_decode_mode_keeps_the_prompt_dense(model: torch.nn.Module) -> None:
 def test_a_masked_pass_equals_token_by_token_decoding(model: torch.nn.Module) -> None:
     """The batched evaluation of `decode` is decoding: dense prefix, then one sparse step per token."""
     ids = windows(2, 24)
-    for spec in ("teal:allocation=uniform", SPECS["lte"]):
+    for spec in ("teal:allocation=uniform", *(SPECS[name] for name in ("lte", "moefication", "d2dmoe"))):
         with sparsify(model, prepare(model, spec), "decode") as handle:
             mask = (torch.arange(24) >= 16).expand(2, -1)
             with handle.positions(mask):

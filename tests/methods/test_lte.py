@@ -11,16 +11,19 @@ from methods.registry import parse
 from methods.shared.clustering import _stable, balanced_kmeans, expert_permutation
 from methods.shared.experts import dequantise, quantise
 from methods.shared.search import search
+from methods.shared.selection import expert_usage, mean_density
+from methods.shared.student import Tuning
 from methods.shared.training import train
 from sparse_kernels.layers import ExpertFFN, Meter, Phase
+from sparse_kernels.selectors import Router
 from tests.methods.models import MODELS, data, llama, windows
 
-FAST = "lte:stage1_steps=4:stage2_steps=2:trials=1:batch=2:lr=0.01"
+TUNING = Tuning(windows(16), batch=8, lr=0.01, seed=0, progress=lambda *a: None)
 
 
 def student(model: torch.nn.Module, **options: float) -> _Student:
     permutations = {f"permutation.{i}": torch.randperm(128).int() for i in range(2)}
-    return _Student(LteOptions(**options), model, permutations, None, 0.01, windows(16), 0, lambda *a: None)  # type: ignore[arg-type]
+    return _Student(LteOptions(**options), model, TUNING, permutations, None)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("n,size", [(128, 32), (96, 8), (64, 64), (40, 1)])
@@ -54,10 +57,10 @@ def test_all_experts_on_is_the_dense_model(make: object) -> None:
     dense = model(input_ids=ids).logits
     s = student(model)
     for layer in s.layers:
-        layer.threshold.fill_(-torch.inf)
+        layer.selector.threshold.fill_(-torch.inf)
     assert torch.allclose(s.model(input_ids=ids).logits, dense, atol=1e-4)
     for layer in s.layers:
-        layer.threshold.fill_(torch.inf)
+        layer.selector.threshold.fill_(torch.inf)
     x = torch.randn(3, 64)
     off = s.layers[0](x)
     bias = s.layers[0].down.bias
@@ -69,7 +72,7 @@ def test_soft_scores_scale_experts() -> None:
     layer, x = s.layers[0], torch.randn(5, 64)
     layer.soft = True
     with torch.no_grad():
-        layer.router.zero_()
+        layer.selector.layers[0].zero_()
     assert torch.allclose(layer(x), 0.5 * layer.down(layer.hidden(x).flatten(-2)), atol=1e-6)
     assert torch.equal(layer.scores, torch.full((5, 4), 0.5))
 
@@ -81,7 +84,7 @@ def test_the_hard_decision_ignores_the_size_of_scores() -> None:
     x, router = torch.randn(7, 16), torch.randn(8, 16)
     outputs = []
     for scale in (1.0, 3.0):
-        layer = ExpertFFN(gate, up, down, "silu", scale * router, torch.zeros(1), 0, phase, Meter())
+        layer = ExpertFFN(gate, up, down, "silu", 8, Router((scale * router,)), 0, phase, Meter())
         outputs.append(layer(x))
     assert torch.equal(*outputs)
     z = torch.cat([torch.randn(1000), torch.tensor([0.0, -0.0])])
@@ -116,13 +119,15 @@ def test_stages_train_what_they_should() -> None:
     model = llama()
     s = student(model)
     embedding = model.get_input_embeddings().weight.clone()
-    routers = [layer.router.detach().clone() for layer in s.layers]
+    routers = [layer.selector.layers[0].detach().clone() for layer in s.layers]
     s.train_soft(1.0, 2, "stage 1", None)
-    assert all(not torch.equal(layer.router, before) for layer, before in zip(s.layers, routers, strict=True))
-    routers = [layer.router.detach().clone() for layer in s.layers]
+    assert all(
+        not torch.equal(layer.selector.layers[0], before) for layer, before in zip(s.layers, routers, strict=True)
+    )
+    routers = [layer.selector.layers[0].detach().clone() for layer in s.layers]
     before = {n: p.detach().clone() for n, p in s.parameters.items() if p.requires_grad}
     s.train_hard(2, "stage 2", None)
-    assert all(torch.equal(layer.router, r) for layer, r in zip(s.layers, routers, strict=True))
+    assert all(torch.equal(layer.selector.layers[0], r) for layer, r in zip(s.layers, routers, strict=True))
     assert any(not torch.equal(s.parameters[n], v) for n, v in before.items())
     assert torch.equal(s.model.get_input_embeddings().weight, embedding)
 
@@ -132,7 +137,7 @@ def test_a_larger_eta_gives_a_lower_density() -> None:
     for eta in (0.0, 2.0, 20.0):
         s = student(llama())
         s.train_soft(eta, 30, "stage 1", None)
-        densities.append(s.density(data().calibration))
+        densities.append(mean_density(expert_usage(s.student, data().calibration)))
     assert densities[0] >= densities[1] >= densities[2] and densities[0] > densities[2] + 0.1
 
 
@@ -144,7 +149,7 @@ def test_the_artifact_reproduces_the_student() -> None:
     s.train_hard(0, "stage 2", None)
     permutations = {f"permutation.{i}": torch.arange(128).int() for i in range(2)}
     torch.manual_seed(0)
-    s2 = _Student(LteOptions(), model, permutations, None, 0.01, windows(16), 0, lambda *a: None)
+    s2 = _Student(LteOptions(), model, TUNING, permutations, None)
     s2.train_soft(1.0, 10, "stage 1", None)
     s2.train_hard(0, "stage 2", None)
     artifact = parse("lte").artifact(model, 0.5, s2.tensors(model, permutations), {})
@@ -175,7 +180,7 @@ def test_interrupted_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     def run(model: torch.nn.Module, steps_before_kill: int | None) -> list[float]:
         seen = 0
 
-        def loss(ids: torch.Tensor) -> torch.Tensor:
+        def loss(ids: torch.Tensor, done: float) -> torch.Tensor:
             nonlocal seen
             if steps_before_kill is not None and seen == steps_before_kill:
                 raise KeyboardInterrupt
@@ -191,7 +196,7 @@ def test_interrupted_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     expected = train(
         straight.requires_grad_(True),
         windows(8),
-        lambda ids: straight(input_ids=ids, labels=ids).loss,
+        lambda ids, done: straight(input_ids=ids, labels=ids).loss,
         steps=6,
         batch=2,
         learning_rate=1e-3,

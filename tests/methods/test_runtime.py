@@ -15,6 +15,7 @@ from transformers import (
 
 from methods import sparsify
 from methods.errors import UsageError
+from methods.families import cached
 from methods.registry import create
 from methods.runtime import FastBlock, runtime, why_not
 
@@ -54,12 +55,12 @@ def decode(model, prompt, steps, handle=None):
             extra = {"attention_mask": torch.ones(len(prompt), prompt.shape[1] + steps)}
             extra = extra if model.config.model_type == "opt" else {}
             positions = torch.arange(prompt.shape[1])[None]
-            out = model(input_ids=prompt, position_ids=positions, past_key_values=cache, use_cache=True, **extra)
+            out = model(input_ids=prompt, position_ids=positions, **cached(model, cache), use_cache=True, **extra)
             logits = [out.logits[:, -1]]
             for step in range(steps - 1):
                 token = logits[-1].argmax(-1, keepdim=True)
                 position = torch.full((1, 1), prompt.shape[1] + step)
-                out = model(input_ids=token, position_ids=position, past_key_values=cache, use_cache=True, **extra)
+                out = model(input_ids=token, position_ids=position, **cached(model, cache), use_cache=True, **extra)
                 logits.append(out.logits[:, -1])
             assert all(int(layer.cumulative_length) == prompt.shape[1] + steps - 1 for layer in cache.layers)
         return torch.stack(logits, 1), served

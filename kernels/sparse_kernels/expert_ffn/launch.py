@@ -21,6 +21,6 @@ class Routed:
 LAUNCH = {
     90: {
         "hidden": Routed(tokens=128, neurons=64, columns=64, warps=8, stages=4),
-        "down": Routed(tokens=128, neurons=64, columns=128, warps=8, stages=7),
+        "down": Routed(tokens=128, neurons=64, columns=256, warps=8, stages=7),
     }
 }

@@ -25,6 +25,7 @@ from sparse_kernels.launch import interpreting, padded_batch, power_of_2, run
 DEAL = tl.constexpr(8)  # channels dealt to a split at a time: one sector of float32 partials
 DENSE_SLICE = 512  # channels a program prepares for a dense product
 MAX_CHUNK = 64  # splits whose partials `combine` reads at once
+FILLED = 8192  # values that `fill` holds at once for several rows
 
 
 @triton.jit
@@ -79,119 +80,124 @@ def fill_kernel(
     SELECT: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, CHANNELWISE: tl.constexpr, INVERT: tl.constexpr,
     NORM: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr,
     TILE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr, PARTS: tl.constexpr,
-    BATCH: tl.constexpr, SLICE: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, HEAD: tl.constexpr,
-    PDL: tl.constexpr,
+    BATCH: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    HEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write one split's channels [SLOTS], values [BATCH, SLOTS] and their number, for one segment of the output.
 
-    The first HEAD slots hold the split's first channels whether active or not; their weights are always read.
+    The first HEAD slots hold the split's first channels whether active or not; their weights are always read. Several
+    rows take CHUNK channels of the slice at a time, one row all of them, its constants before it waits.
     """
     split = tl.program_id(0)
     segment = tl.program_id(1)
     splits = tl.num_programs(0)
     DTYPE: tl.constexpr = like.dtype.element_ty
     AXIS: tl.constexpr = 0 if BATCH == 1 else 1
-    j = tl.arange(0, SLICE)
-    k = dealt(j, split, splits)
-    inside_k = k < K
-    if SELECT != "list":
-        if CHANNELWISE:
-            limit = tl.load(threshold + segment * K + k, mask=inside_k, other=0.0)
-        elif LIMIT:
-            limit = tl.load(threshold + segment)
-        if NORM != "":
-            weight = tl.load(norm_weight + k, mask=inside_k, other=0.0).to(tl.float32)
-        if NORM_BIAS:
-            shift = tl.load(norm_bias + k, mask=inside_k, other=0.0).to(tl.float32)
-        if CENTER:
-            middle = tl.load(center + k, mask=inside_k, other=0.0).to(tl.float32)
-    begin(PDL)
-    count = K
-    if SELECT == "list":
-        listed = tl.load(total) * GROUP
-        first = (listed.to(tl.int64) * split // splits).to(tl.int32)
-        count = (listed.to(tl.int64) * (split + 1) // splits).to(tl.int32) - first
-        inside_k = j < count
-        k = tl.load(index + (first + j) // GROUP, mask=inside_k, other=0) * GROUP + (first + j) % GROUP
-        if CHANNELWISE:
-            limit = tl.load(threshold + segment * K + k, mask=inside_k, other=0.0)
-        elif LIMIT:
-            limit = tl.load(threshold + segment)
-        if NORM != "":
-            weight = tl.load(norm_weight + k, mask=inside_k, other=0.0).to(tl.float32)
-        if NORM_BIAS:
-            shift = tl.load(norm_bias + k, mask=inside_k, other=0.0).to(tl.float32)
-        if CENTER:
-            middle = tl.load(center + k, mask=inside_k, other=0.0).to(tl.float32)
     # One row is one-dimensional: conversions between layouts would cost more than the work.
     if BATCH == 1:
         row = 0
         inside_row = B > 0
-        place = k
-        inside = inside_k
     else:
         row = tl.arange(0, BATCH)[:, None]
         inside_row = row < B
-        place = row * stride_x + k[None, :]
-        inside = inside_row & inside_k[None, :]
-    v = input_at(x, place, inside, parts, stride_part, PARTS, DTYPE)
-    if ACTIVATION != "":
-        v = activate(v, ACTIVATION).to(DTYPE).to(tl.float32)
-        if GATED:
-            v = (v * input_at(x + K, place, inside, parts, stride_part, PARTS, DTYPE)).to(DTYPE).to(tl.float32)
-    if NORM != "":
-        mean, scale = row_scale(stats, row, inside_row, K, TILES, PADDED, TILE, NORM, EPS, AXIS)
-        v = (v - mean) * scale
-        if NORM == "rms":
-            v = v.to(DTYPE).to(tl.float32)
-        if NORM == "gemma":
-            weight += 1.0
-        v = v * weight
-        if NORM_BIAS:
-            v += shift
-        v = v.to(DTYPE).to(tl.float32)
-    if CENTER:
-        v = (v - middle).to(DTYPE).to(tl.float32)
-    v = tl.where(inside, v, 0.0)
-    if LIMIT:
-        keep = tl.abs(v) > limit
-        if INVERT:
-            keep = keep == 0
-        keep = keep & inside
-        v = tl.where(keep, v, 0.0)
-    if SELECT == "dense":  # values in the order of the channels, for a dense product
-        if BATCH > 1:
-            tl.store(list_value + (segment * B + row).to(tl.int64) * K + k[None, :], v.to(DTYPE), mask=inside)
-        else:
-            tl.store(list_value + segment.to(tl.int64) * K + k, v.to(DTYPE), mask=inside)
-        return
     lists = segment * splits + split
     values = list_value + lists.to(tl.int64) * (BATCH * SLOTS) + row * SLOTS
-    slot = j
-    written = inside_k
-    if SELECT == "threshold":
-        found = keep.to(tl.int32)
-        if BATCH > 1:
-            found = tl.max(found, 0)
-        after = tl.where(j < HEAD, 0, found)
-        slot = tl.where(j < HEAD, j, HEAD + tl.cumsum(after, 0) - after)
-        written = inside_k & ((j < HEAD) | (found != 0))
-        count = HEAD + tl.sum(after, 0)
-        tl.store(counts + lists, tl.sum(found, 0))
-    if SELECT == "list" or SELECT == "threshold":
-        tl.store(list_index + lists.to(tl.int64) * SLOTS + slot, k, mask=written)
-    if SELECT == "all" or SELECT == "mask":
-        count = tl.sum(inside_k.to(tl.int32), 0)
-    tl.store(list_count + lists, count)
-    # The loop reads values in whole steps, unmasked so that the loads are wide: what follows the last one is zero.
-    rest = tl.arange(0, ROWS) + count
-    if BATCH == 1:
-        tl.store(values + slot, v.to(list_value.dtype.element_ty), mask=written)
-        tl.store(values + rest, tl.zeros([ROWS], list_value.dtype.element_ty), mask=rest < SLOTS)
+    if SELECT == "list" or BATCH > 1:
+        begin(PDL)
+    if SELECT == "list":
+        listed = tl.load(total) * GROUP
+        start = (listed.to(tl.int64) * split // splits).to(tl.int32)
+        count = (listed.to(tl.int64) * (split + 1) // splits).to(tl.int32) - start
     else:
-        tl.store(values + slot[None, :], v.to(list_value.dtype.element_ty), mask=written[None, :] & inside_row)
-        zeros = tl.zeros([BATCH, ROWS], list_value.dtype.element_ty)
-        tl.store(values + rest[None, :], zeros, mask=(rest < SLOTS)[None, :] & inside_row)
+        count = HEAD if SELECT == "threshold" else 0
+    active = 0
+    for first in range(0, SLICE, CHUNK):
+        j = first + tl.arange(0, CHUNK)
+        if SELECT == "list":
+            inside_k = j < count
+            k = tl.load(index + (start + j) // GROUP, mask=inside_k, other=0) * GROUP + (start + j) % GROUP
+        else:
+            k = dealt(j, split, splits)
+            inside_k = k < K
+        if CHANNELWISE:
+            limit = tl.load(threshold + segment * K + k, mask=inside_k, other=0.0)
+        elif LIMIT:
+            limit = tl.load(threshold + segment)
+        if NORM != "":
+            weight = tl.load(norm_weight + k, mask=inside_k, other=0.0).to(tl.float32)
+        if NORM_BIAS:
+            shift = tl.load(norm_bias + k, mask=inside_k, other=0.0).to(tl.float32)
+        if CENTER:
+            middle = tl.load(center + k, mask=inside_k, other=0.0).to(tl.float32)
+        if SELECT != "list" and BATCH == 1:
+            begin(PDL)
+        if BATCH == 1:
+            place = k
+            inside = inside_k
+        else:
+            place = row * stride_x + k[None, :]
+            inside = inside_row & inside_k[None, :]
+        v = input_at(x, place, inside, parts, stride_part, PARTS, DTYPE)
+        if ACTIVATION != "":
+            v = activate(v, ACTIVATION).to(DTYPE).to(tl.float32)
+            if GATED:
+                v = (v * input_at(x + K, place, inside, parts, stride_part, PARTS, DTYPE)).to(DTYPE).to(tl.float32)
+        if NORM != "":
+            mean, scale = row_scale(stats, row, inside_row, K, TILES, PADDED, TILE, NORM, EPS, AXIS)
+            v = (v - mean) * scale
+            if NORM == "rms":
+                v = v.to(DTYPE).to(tl.float32)
+            if NORM == "gemma":
+                weight += 1.0
+            v = v * weight
+            if NORM_BIAS:
+                v += shift
+            v = v.to(DTYPE).to(tl.float32)
+        if CENTER:
+            v = (v - middle).to(DTYPE).to(tl.float32)
+        v = tl.where(inside, v, 0.0)
+        if LIMIT:
+            keep = tl.abs(v) > limit
+            if INVERT:
+                keep = keep == 0
+            keep = keep & inside
+            v = tl.where(keep, v, 0.0)
+        if SELECT == "dense":  # values in the order of the channels, for a dense product
+            if BATCH > 1:
+                tl.store(list_value + (segment * B + row).to(tl.int64) * K + k[None, :], v.to(DTYPE), mask=inside)
+            else:
+                tl.store(list_value + segment.to(tl.int64) * K + k, v.to(DTYPE), mask=inside)
+        else:
+            slot = j
+            written = inside_k
+            if SELECT == "threshold":
+                found = keep.to(tl.int32)
+                if BATCH > 1:
+                    found = tl.max(found, 0)
+                after = tl.where(j < HEAD, 0, found)
+                slot = tl.where(j < HEAD, j, count + tl.cumsum(after, 0) - after)
+                written = inside_k & ((j < HEAD) | (found != 0))
+                count += tl.sum(after, 0)
+                active += tl.sum(found, 0)
+            elif SELECT != "list":
+                count += tl.sum(inside_k.to(tl.int32), 0)
+            if SELECT == "list" or SELECT == "threshold":
+                tl.store(list_index + lists.to(tl.int64) * SLOTS + slot, k, mask=written)
+            if BATCH == 1:
+                tl.store(values + slot, v.to(list_value.dtype.element_ty), mask=written)
+            else:
+                tl.store(values + slot[None, :], v.to(list_value.dtype.element_ty), mask=written[None, :] & inside_row)
+    if SELECT != "dense":
+        if SELECT == "threshold":
+            tl.store(counts + lists, active)
+        tl.store(list_count + lists, count)
+        # The loop reads values in whole steps, unmasked so that the loads are wide: what follows the last one is zero.
+        rest = tl.arange(0, ROWS) + count
+        if BATCH == 1:
+            tl.store(values + rest, tl.zeros([ROWS], list_value.dtype.element_ty), mask=rest < SLOTS)
+        else:
+            zeros = tl.zeros([BATCH, ROWS], list_value.dtype.element_ty)
+            tl.store(values + rest[None, :], zeros, mask=(rest < SLOTS)[None, :] & inside_row)
 
 
 @triton.jit
@@ -236,12 +242,6 @@ def linear_kernel(
     b = tl.arange(0, BATCH)
     row = tl.arange(0, ROWS)
     acc = tl.zeros([ROWS if BATCH == 1 else BATCH, COLUMNS], tl.float32)
-    if SELECT == "dense":  # values in the order of the channels, for a dense product
-        if BATCH > 1:
-            tl.store(list_value + (segment * B + row).to(tl.int64) * K + k[None, :], v.to(DTYPE), mask=inside)
-        else:
-            tl.store(list_value + segment.to(tl.int64) * K + k, v.to(DTYPE), mask=inside)
-        return
     lists = segment * splits + split
     values = list_value + lists.to(tl.int64) * (BATCH * SLOTS)
     channels = list_index + lists.to(tl.int64) * SLOTS
@@ -379,7 +379,9 @@ def run_fill(
         INVERT=invert, NORM=norm, NORM_BIAS=norm_bias is not None, EPS=eps, TILES=tiles, PADDED=power_of_2(tiles),
         TILE=STATS_TILE, ACTIVATION=activation, GATED=gated, CENTER=center is not None,
         PARTS=0 if parts == 0 else (max(2, power_of_2(parts)) if padded == 1 else 1), SLICE=slice_,
-        num_warps=8 if parts or padded > 1 else 4, **common,
+        CHUNK=slice_ if padded == 1 else min(slice_, FILLED // padded), num_warps=8 if parts or padded > 1 else 4,
+        enable_fp_fusion=False,  # else a product and the sum it goes into become one operation, rounded once
+        **common,
     )  # fmt: skip
 
 

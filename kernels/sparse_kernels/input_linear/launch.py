@@ -51,9 +51,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def grid_for(
-    batch: int, channels: int, widths: list[int], device: torch.device, config: Config | None = None
-) -> Grid:
+def grid_for(batch: int, channels: int, widths: list[int], device: torch.device, config: Config | None = None) -> Grid:
     """The grid of one call; on a CPU, where the definition runs, one tile and one split."""
     padded = padded_batch(batch)
     config = config or pick(LAUNCH, device)[padded, sum(widths) < NARROW]

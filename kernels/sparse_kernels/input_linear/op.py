@@ -90,8 +90,9 @@ def threshold_linear(
     v is made from x: activation: one of ACTIVATIONS, act(x), or act(x[:, :K]) * x[:, K:] if gated; norm: "rms",
     "gemma" (RMS norm times 1 + weight) or "layer", with norm_weight [K], norm_bias [K] or None, eps, and stats float32
     [B, tiles, 2] as `row_stats` or a previous call makes them; center: [K], subtracted (its constant W center belongs
-    into the bias). density: the share of channels a row is expected to keep; where the rows of a batch would then need
-    most channels between them, the product is dense (cuBLAS), of the same values. The result takes side [B, R] @ side_up [R, N] (a low-rank path), bias [N] and residual [B, N].
+    into the bias). The result takes side [B, R] @ side_up [R, N] (a low-rank path), bias [N] and residual [B, N].
+    density: the share of channels a row is expected to keep; where the rows of a batch would then need most channels
+    between them, the product is dense (cuBLAS), of the same values.
 
     Returns (y [B, N] in the weight's dtype, counts int32 [len(widths), splits], whose sum over splits is the number of
     channels kept, stats of y with `with_stats`). With `partial`, y is float32 [splits, B, N], to be summed by the next
@@ -143,6 +144,7 @@ def threshold_linear(
     if side is not None and side_up is not None:
         require_rows("side_up", side_up, dense, (side.shape[1], width))
         require_rows("side", side, dense, (rows.shape[0], side_up.shape[0]))
+        require(side.is_contiguous(), "side must be contiguous, got strides {}.", side.stride())
     alone = bias is None and residual is None and not with_stats
     require(alone or not partial, "A partial result takes no bias, residual or stats: they need the sum.")
     require(not (norm and x.dim() == 3), "A norm needs the sum of x's parts: do not ask for them.")
@@ -233,7 +235,9 @@ def _threshold_linear(
     path = dict(side=side, side_up=side_up)
     none = x.new_empty(x.shape[-2], 0, 2, dtype=torch.float32)
     if not use_triton(x):
-        y, counts = naive.threshold_linear(x, weight_t, threshold, widths, bias=bias, residual=residual, **prepare, **path)
+        y, counts = naive.threshold_linear(
+            x, weight_t, threshold, widths, bias=bias, residual=residual, **prepare, **path
+        )
         counts = counts if threshold is not None and select == "threshold" else counts[:0]
         if partial:
             return y[None].float(), counts, none

@@ -1,0 +1,89 @@
+"""Decode attention over full caches with all KV groups and with half of them; rotation and cache write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from sparse_kernels import attention_decode, rope_cache_write
+from sparse_kernels.attention import cost, naive
+
+from .case import Case, Copy, Draw, Shape
+
+# (batch, context), where each query head has its own keys and where heads share them.
+CONTEXTS = ((1, 4096), (16, 2048), (64, 3968))
+GROUPED_CONTEXTS = ((16, 2048), (64, 8192), (1, 32768))
+ROPE_CONTEXT = 1024
+
+
+def cases(shape: Shape) -> Iterator[Case]:
+    if shape.biased:  # OPT: no rotation, and the attention of Llama 2
+        return
+    heads = f"{shape.name} {shape.heads}/{shape.kv_heads} heads"
+    for batch, context in CONTEXTS if shape.heads == shape.kv_heads else GROUPED_CONTEXTS:
+        for density in (1.0, 0.5):
+            build = partial(_attention, shape, batch, context, density)
+            yield Case("attention_decode", f"{heads}, context {context}", batch, density, build, "cuDNN SDPA")
+    for batch in (1, 16):
+        yield Case("rope_cache_write", heads, batch, 1.0, partial(_rope, shape, batch))
+
+
+def _attention(shape: Shape, batch: int, context: int, density: float, draw: Draw) -> Copy:
+    groups, dim = shape.kv_heads, shape.head_dim
+    query = draw.normal(batch, shape.heads, dim)
+    key, value = (draw.normal(batch, groups, context, dim) for _ in range(2))
+    lengths = torch.full((batch,), context, dtype=torch.int32, device=draw.device)
+    mask = draw.mask(batch, groups, density)
+    heads = None if density == 1 else draw.lists(mask)
+
+    def reference() -> Tensor:
+        """One sequence at a time: a whole cache in float64 would not fit beside the copies."""
+        parts = []
+        for row in (slice(b, b + 1) for b in range(batch)):
+            q, k, v = (tensor[row].double() for tensor in (query, key, value))
+            index, count = (None, None) if heads is None else (heads[0][row], heads[1][row])
+            parts.append(naive.attention_decode(q, k, v, lengths[row], index, count))
+        return torch.cat(parts)
+
+    def dense() -> Tensor:
+        """A group's query heads as positions of one head: without a mask that is the same."""
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] if query.is_cuda else [SDPBackend.MATH]):
+            return scaled_dot_product_attention(query.unflatten(1, (groups, -1)), key, value).flatten(1, 2)
+
+    kept = mask.double().mean().item()
+    return Copy(
+        run=lambda: attention_decode(query, key, value, lengths, heads),
+        reference=reference,
+        bytes=round(cost.attention_bytes(batch, groups, context, dim, key.element_size(), kept)),
+        density=kept,
+        baseline=dense,
+    )
+
+
+def _rope(shape: Shape, batch: int, draw: Draw) -> Copy:
+    heads, groups, dim = shape.heads, shape.kv_heads, shape.head_dim
+    query, key, value = draw.normal(batch, heads + 2 * groups, dim).split([heads, groups, groups], 1)
+    angle = draw.normal(batch, dim // 2, std=3.0, dtype=torch.float32).repeat(1, 2)
+    cos, sin = angle.cos().to(draw.dtype), angle.sin().to(draw.dtype)
+    keys, values = (draw.normal(batch, groups, ROPE_CONTEXT, dim) for _ in range(2))
+    place = draw.seed % ROPE_CONTEXT
+    position = torch.full((1,), place, device=draw.device)
+
+    def flat(*output: Tensor) -> Tensor:
+        return torch.cat([tensor.flatten() for tensor in output])
+
+    def run() -> tuple[Tensor, ...]:
+        rotated = rope_cache_write(query, key, value, cos, sin, position, keys, values)
+        return rotated, keys[:, :, place], values[:, :, place]
+
+    def reference() -> Tensor:
+        tables = cos.double(), sin.double()
+        return flat(naive.rotate(query.double(), *tables), naive.rotate(key.double(), *tables), value.double())
+
+    read = cost.rope_bytes(batch, heads, groups, dim, query.element_size())
+    return Copy(run=run, reference=reference, bytes=read, density=1.0, result=flat)

@@ -1,0 +1,60 @@
+"""Input-sparse linears: those of a layer, and at batch 2 to 16 the union of what the rows select."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparse_kernels import input_linear, threshold_linear
+from sparse_kernels.input_linear import naive
+
+from .case import BATCHES, DENSITIES, Case, Copy, Draw, Shape, double
+
+BATCHED = "llama2-7b"  # the shapes that are also timed in batches and with masked loads
+
+
+def cases(shape: Shape) -> Iterator[Case]:
+    batched = shape.name == BATCHED
+    plain = [(1, density, "") for density in DENSITIES] + [(b, 0.5, ", 0.5 per row") for b in BATCHES if batched]
+    masked = [(1, density, ", masked loads") for density in DENSITIES[1:] if batched]
+    for op, select, settings in (
+        ("input_linear", None, plain),
+        ("threshold_linear", "threshold", plain),
+        ("threshold_linear", "mask", masked),
+    ):
+        for batch, density, note in settings:
+            for name in shape.linears():
+                build = partial(_build, select, shape, name, batch, density)
+                yield Case(op, f"{shape.name} {name}{note}", batch, density, build, "cuBLAS")
+
+
+def _build(select: str | None, shape: Shape, name: str, batch: int, density: float, draw: Draw) -> Copy:
+    """With a list that is given (select None), or that the operator makes itself."""
+    channels, widths = shape.linears()[name]
+    outputs = sum(widths)
+    mask = draw.mask(batch, channels, density)
+    x, threshold = draw.values(mask), draw.one()
+    weight, bias = draw.weight(outputs, channels), draw.normal(outputs) if shape.biased else None
+    weight_t = weight.t().contiguous()
+    index, count = draw.union(mask)
+    limits = None if density == 1 else threshold.repeat(len(widths))
+
+    def run() -> Tensor:
+        if select is None:
+            return input_linear(x, weight_t, index, count, threshold if batch > 1 else None, bias)
+        return threshold_linear(x, weight_t, limits, widths, select=select, bias=bias)[0]
+
+    def reference() -> Tensor:
+        return naive.input_linear(x.double(), weight_t.double(), index, count, threshold, double(bias))
+
+    kept = int(count)
+    return Copy(
+        run=run,
+        reference=reference,
+        bytes=kept * outputs * weight.element_size(),
+        density=kept / channels,
+        baseline=lambda: F.linear(x, weight, bias),
+    )

@@ -1,0 +1,141 @@
+"""Records of the kernel benchmark: in files, and as a table.
+
+A folder holds, for each kind of GPU, `<gpu>.jsonl` (a record per line) and `<gpu>.machine.json` (the runs they come
+from), and one `KERNELS.md` made from them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from methods.errors import UsageError
+
+from .. import machine
+from ..tables import NONE, github, number, percent
+
+PAGE = "KERNELS.md"
+
+Record = dict[str, Any]
+
+HOW_TO_READ = """\
+Generated from the records beside it by `python -m harness bench kernels`; do not edit.
+
+- **time**: one call, the median of CUDA-graph replays. A graph calls the operator on 32 or more copies of its weights
+  or caches, more than 300 MB in all, so that they come from memory as in a model. Operators that read activations
+  only find them in cache, as they do in a model.
+- **limit**: the bytes that must be read over the read bandwidth measured at the start of the run.
+- **dense baseline**: the same work done densely, timed in the same process in turns with the kernel.
+- **density**: active / all, as drawn; with a batch, of the union over its rows.
+- **error**: relative to a float64 computation of the same inputs, Frobenius norm, at most 4e-3 in 16 bits and 1e-5 in
+  float32. A kernel that exceeds it, or whose second run differs in one bit, has *failed* and has no time."""
+
+# Title -> text of a record.
+COLUMNS: dict[str, Callable[[Record], str]] = {
+    "operator": lambda r: r["op"],
+    "case": lambda r: r["case"],
+    "batch": lambda r: str(r["batch"]),
+    "density": lambda r: f"{r['density']:.3g}",
+    "time\n[µs]": lambda r: "failed" if r["time_us"] is None else number(r["time_us"]),
+    "limit\n[µs]": lambda r: number(r["limit_us"]),
+    "fraction\nof limit": lambda r: percent(r["fraction_of_limit"]),
+    "dense\nbaseline": lambda r: r["baseline"] or NONE,
+    "baseline\n[µs]": lambda r: number(r["baseline_us"]),
+    "speed-up": lambda r: f"{r['baseline_us'] / r['time_us']:.2f}" if r["time_us"] and r["baseline_us"] else NONE,
+    "error to\nfloat64": lambda r: NONE if r["rel_error"] is None else f"{r['rel_error']:.1e}",
+}
+
+
+def table(records: Iterable[Record]) -> str:
+    """The records for a terminal."""
+    from tabulate import tabulate
+
+    return tabulate(_body(records), list(COLUMNS), tablefmt="simple", disable_numparse=True)
+
+
+def machine_lines(run: dict[str, Any]) -> list[str]:
+    """What a run was measured on, for above its table."""
+    bandwidth = f"Read bandwidth at the start: {run['read_bandwidth'] / 1e12:.2f} TB/s; {run['dtype']}."
+    return [f"Machine: {machine.line(run['machine'], run)}", bandwidth]
+
+
+def device_name(run: dict[str, Any]) -> str:
+    return run["machine"]["gpu"]["name"] if run["machine"]["gpu"] else run["machine"]["cpu"]["model"]
+
+
+def file_name(run: dict[str, Any]) -> str:
+    """What the files of a GPU are called: h200 for NVIDIA H200."""
+    return re.sub(r"[^a-z0-9]+", "-", device_name(run).lower().removeprefix("nvidia")).strip("-")
+
+
+def save(folder: Path, run: dict[str, Any], records: Sequence[Record]) -> list[Path]:
+    """Writes the records and the page; operators that this run did not measure keep the records of their last run.
+
+    run: `ops`, `time`, `read_bandwidth`, `dtype`, `git`, `source`, `machine`. Returns the files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    stem = file_name(run)
+    earlier, kept = load(folder).get(stem, ([], []))
+    runs = [old | {"ops": [op for op in old["ops"] if op not in run["ops"]]} for old in earlier]
+    runs = [old for old in runs if old["ops"]] + [run]
+    merged = [record for record in kept if record["op"] not in run["ops"]] + list(records)
+    files = [folder / name for name in (f"{stem}.jsonl", f"{stem}.machine.json", PAGE)]
+    lines, sidecar, page_file = files
+    lines.write_text("".join(f"{json.dumps(record)}\n" for record in merged), encoding="utf-8")
+    sidecar.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
+    page_file.write_text(page(folder), encoding="utf-8")
+    return files
+
+
+def load(folder: Path) -> dict[str, tuple[list[dict[str, Any]], list[Record]]]:
+    """Runs and records by GPU. Raises UsageError when a file cannot be read."""
+    found = {}
+    for lines in sorted(folder.glob("*.jsonl")):
+        sidecar = lines.with_suffix(".machine.json")
+        try:
+            runs = json.loads(sidecar.read_text(encoding="utf-8"))["runs"]
+            records = [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(f"'{lines}' or its .machine.json is damaged ({error}): restore or remove both.") from None
+        found[lines.stem] = runs, records
+    return found
+
+
+def page(folder: Path) -> str:
+    """KERNELS.md. Raises UsageError when there are no records."""
+    found = load(folder)
+    if not found:
+        raise UsageError(f"'{folder}' has no kernel records: run `python -m harness bench kernels` on a GPU first.")
+    parts = ["# Kernels", HOW_TO_READ]
+    titles = [title.replace("\n", " ") for title in COLUMNS]
+    for runs, records in found.values():
+        parts.append(f"## {device_name(runs[-1])}")
+        for run in runs:
+            shown = [record for record in records if record["op"] in run["ops"]]
+            parts += [*machine_lines(run), *sums(shown), github(titles, _body(shown))]
+    return "\n\n".join(parts) + "\n"
+
+
+def sums(records: Sequence[Record]) -> list[str]:
+    """The input-sparse linears of a layer together, where all of them have a time."""
+    layers: dict[tuple[str, str, str], list[Record]] = {}
+    for record in records:
+        shapes, _, linear = record["case"].partition(" ")
+        plain = record["batch"] == 1 and "," not in linear
+        if record["op"] in ("input_linear", "threshold_linear") and plain:
+            layers.setdefault((record["op"], shapes, f"{record['density']:.2g}"), []).append(record)
+    body = []
+    for layer, linears in layers.items():
+        if all(record["time_us"] and record["baseline_us"] for record in linears):
+            time, limit, dense = (sum(r[key] for r in linears) for key in ("time_us", "limit_us", "baseline_us"))
+            texts = [number(time), number(limit), percent(limit / time), number(dense), f"{dense / time:.2f}"]
+            body.append([*layer, *texts])
+    titles = ["all linears of a layer", "shapes", "density", "time [µs]", "limit [µs]", "fraction of limit"]
+    return [github([*titles, "cuBLAS [µs]", "speed-up"], body)] if body else []
+
+
+def _body(records: Iterable[Record]) -> list[list[str]]:
+    return [[text(record) for text in COLUMNS.values()] for record in records]

@@ -1,0 +1,243 @@
+"""D2DMoE: dense to dynamic-k mixture of experts (Szatkowski et al., arXiv 2310.04361, NeurIPS 2024).
+
+Fine-tuning with a penalty on activations makes the model sparser; FFN neurons are grouped into experts; a small router
+per FFN learns to predict the norm of every expert's output. A token runs the experts whose prediction is at least tau
+times its largest one, unscaled: easy tokens run few. One training serves all densities, tau alone differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from .artifact import Artifact
+from .base import Attachment, Data, Method, Progress, silent, sparsify
+from .errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from sparse_kernels.layers import ExpertFFN
+    from sparse_kernels.selectors import Router, Selector
+
+CHOICES = {
+    "penalty": ("hoyer", "l1"),
+    "ramp": ("linear_warmup", "linear", "constant"),
+    "activation": ("relu", "own"),
+    "rule": ("dynamic", "top-k"),
+    "scope": ("model", "layer"),
+    "selector": ("router", "oracle"),
+}
+
+
+@dataclass(frozen=True)
+class D2dmoeOptions:
+    """penalty: hoyer (square Hoyer) or l1; weight: of the penalty; ramp: how it grows, linear_warmup (over the first
+    half), linear or constant; activation: relu (takes the place of the model's) or own (kept, and its inputs pushed
+    below -10); steps, batch, lr: fine-tuning (0 steps: none, the model as it is; lr 0: as for lte); expert_size:
+    neurons per expert; rank: of the routers (0: hidden size / 8); windows: training windows that routers learn from;
+    epochs: passes over them; rule: dynamic (the paper's) or top-k (its ablation, k fixed); scope: one tau for the model
+    (the paper's) or one for each layer, all layers equally dense; selector: router, or the control oracle (true norms,
+    never timed or ranked); tolerance: accepted distance to the target density; trials: values of tau to try."""
+
+    penalty: str = "hoyer"
+    weight: float = 1e-3
+    ramp: str = "linear_warmup"
+    activation: str = "relu"
+    steps: int = 400
+    batch: int = 8
+    lr: float = 0.0
+    expert_size: int = 32
+    rank: int = 0
+    windows: int = 400
+    epochs: int = 30
+    rule: str = "dynamic"
+    scope: str = "model"
+    selector: str = "router"
+    tolerance: float = 0.01
+    trials: int = 20
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise unknown(f"d2dmoe {name}", getattr(self, name), known)
+        if self.weight < 0 or self.steps < 0 or self.rank < 0 or self.tolerance <= 0:
+            raise UsageError("d2dmoe needs weight, steps and rank of at least 0 and a tolerance: try d2dmoe:steps=400.")
+        if min(self.expert_size, self.windows, self.epochs, self.batch, self.trials) < 1:
+            raise UsageError("d2dmoe counts experts, windows, epochs and trials from 1: try d2dmoe:epochs=30.")
+
+
+class D2dmoe(Method):
+    name = "d2dmoe"
+    summary = "FFN experts of 32 neurons, as many as a router finds worth it for each token"
+    paper = "arXiv 2310.04361 (NeurIPS 2024)"
+    training = "trained"
+    sites = ("ffn",)
+    fidelity = (
+        "paper: sparsity fine-tuning, split by k-means, routers that regress output norms, dynamic k; adapted: SwiGLU "
+        "through its gate as the paper does GEGLU, routers learn layer by layer from stored inputs, k-means is seeded, "
+        "embeddings and lm_head stay frozen, weight differences are stored in 8 bits; attention projections stay dense"
+    )
+    Options = D2dmoeOptions
+    options: D2dmoeOptions
+
+    def why_not(self, config: Any) -> str | None:
+        from .families import why_no_experts
+
+        return why_no_experts(self.name, config, self.options.expert_size)
+
+    def prepare(
+        self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
+    ) -> Iterator[Artifact]:
+        from .shared.routers import enough
+        from .shared.splitting import split
+
+        if reason := self.why_not(model.config):
+            raise UsageError(reason)
+        start, windows = perf_counter(), data.train(self.options.windows)
+        notes = enough(windows.numel(), self.options.windows * windows.shape[1])
+        tensors, manifest = self._enforce(model, data, progress)
+        tensors = split(self, model, tensors, "kmeans", self.options.expert_size, windows, data.seed, progress)
+        routers, learned = self._routers(model, tensors, windows, data, progress)
+        tensors |= routers
+        manifest |= learned | {"corpus": data.corpus, "seed": data.seed}
+        manifest["tokens"] = manifest.get("tokens", 0) + windows.numel()
+        manifest["device"] = next(model.parameters()).device.type
+        if self.options.selector == "oracle":
+            manifest["control"] = "the oracle computes every expert's output to decide which to skip"
+        shared = perf_counter() - start
+        for density in densities:
+            start = perf_counter()
+            thresholds, told = self._reach(model, tensors, _given(density), data.calibration, progress)
+            told |= {"notes": notes, "seconds": round(shared + perf_counter() - start, 1)}
+            yield self.artifact(model, density, tensors | thresholds, manifest | told)
+
+    def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
+        """Random routers; the tau of each is the quantile of its scores that gives the density."""
+        import torch
+
+        from .families import blocks
+        from .shared.selection import threshold_quantiles
+
+        tensors: dict[str, Tensor] = {}
+        generator = torch.Generator().manual_seed(0)
+        for block in blocks(model):
+            neurons, width = block.linears["up"].weight.shape
+            a, b = self._start(neurons // self.options.expert_size, width, generator)
+            tensors |= {f"router.{block.index}.a": a.bfloat16(), f"router.{block.index}.b": b.bfloat16()}
+        artifact = self.artifact(model, _given(density), tensors, {})
+        if self.options.rule == "dynamic" and self.options.selector == "router":
+            with sparsify(model, artifact) as handle:
+                tensors |= threshold_quantiles(handle, tokens, _given(density))
+        return self.artifact(model, density, tensors, {"synthetic": True})
+
+    def attach(self, attachment: Attachment) -> None:
+        from .families import activation_of
+        from .shared.experts import attach_experts
+
+        activation = "relu" if self.options.activation == "relu" else activation_of(attachment.model.config)
+        attach_experts(attachment, activation, self.options.expert_size, partial(self._selector, attachment.artifact))
+
+    def _selector(self, artifact: Artifact, index: int, layer: ExpertFFN) -> Selector | None:
+        from sparse_kernels.selectors import Oracle
+
+        from .shared.routers import experts_for, norm_router, output_norms
+
+        tensors = artifact.tensors
+        if artifact.density is None:
+            return None  # while preparing
+        threshold = tensors.get(f"threshold.{index}", 0.0)
+        rule = "relative" if self.options.rule == "dynamic" else "top-k"
+        choice = rule, threshold, experts_for(artifact.density, layer.units)
+        if self.options.selector == "oracle":
+            return Oracle(layer.units, output_norms(layer), *choice)
+        return norm_router(tensors[f"router.{index}.a"], tensors[f"router.{index}.b"], *choice)
+
+    def _start(self, experts: int, width: int, generator: Any) -> tuple[Tensor, Tensor]:
+        """The two layers of a router before training."""
+        from .shared.routers import uniform
+
+        rank = self.options.rank or max(16, width // 8)
+        return uniform(rank, width, generator), uniform(experts, rank, generator)
+
+    def _enforce(
+        self, model: PreTrainedModel, data: Data, progress: Progress
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Stage 1: task + weight * mean over FFNs of the penalty, all parameters trained. In the model's own order."""
+        if not self.options.steps:
+            return {}, {}
+        from .families import activation_of
+        from .shared.penalties import sparse_loss
+        from .shared.student import Student, Tuning, checkpoint_file, dense_ffn, learning_rate
+
+        options, relu = self.options, self.options.activation == "relu"
+        rate = learning_rate(model, options.lr)
+        tuning = Tuning(data.train(options.steps * options.batch), options.batch, rate, data.seed, progress)
+        student = Student(model, tuning, None, dense_ffn("relu" if relu else activation_of(model.config)))
+        loss = sparse_loss(student, options.penalty, options.weight, options.ramp, relu)
+        losses = student.train(loss, options.steps, "d2dmoe sparsity", checkpoint_file(data, self, model, "sparsity"))
+        told = {"lr": rate, "tokens": tuning.tokens(options.steps)}
+        return student.deltas(model, {}), told | {"loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]]}
+
+    def _routers(
+        self, model: PreTrainedModel, tensors: dict[str, Tensor], windows: Tensor, data: Data, progress: Progress
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Router tensors by layer, and how much of the held-out norms the best-predicted experts hold."""
+        import torch
+        from torch.nn.functional import mse_loss
+
+        from .shared.learning import Recipe, learn
+        from .shared.routers import norm_router, output_norms
+
+        generator = torch.Generator().manual_seed(data.seed)
+
+        def start(layer: ExpertFFN) -> Router | None:
+            if self.options.selector == "oracle":
+                return None
+            return norm_router(*self._start(layer.units, layer.up.in_features, generator))
+
+        recipe = Recipe(mse_loss, lambda norms: norms, self.options.epochs, 1e-3, "cosine")
+        return learn(self, model, tensors, windows, data, start, lambda layer, x: output_norms(layer), recipe, progress)
+
+    def _reach(
+        self, model: PreTrainedModel, tensors: dict[str, Tensor], density: float, windows: Tensor, progress: Progress
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """`threshold.<block>` whose density on calibration text is the target, and what the manifest says about it."""
+        from .shared.search import bisect
+        from .shared.selection import expert_usage, mean_density, warnings
+
+        options, tried = self.options, 0
+        with sparsify(model, self.artifact(model, density, tensors, {})) as handle:
+            layers = handle.layers()
+
+            def usage(taus: list[float]) -> dict[int, Tensor]:
+                for layer, tau in zip(layers, taus if len(taus) > 1 else taus * len(layers), strict=True):
+                    layer.selector.threshold.fill_(tau)
+                return expert_usage(handle, windows)
+
+            def densities(taus: list[float]) -> list[float]:
+                nonlocal tried
+                tried += 1
+                progress(f"d2dmoe tau for density {density:.2f}", tried, options.trials)
+                found = usage(taus)
+                return [mean_density(found)] if len(taus) == 1 else [float(found[n.layer].mean()) for n in layers]
+
+            count = len(layers) if options.scope == "layer" else 1
+            taus = [1.0] * count
+            if options.rule == "dynamic":
+                taus = bisect(density, densities, count, options.tolerance, options.trials)
+            found = usage(taus)
+            thresholds = {f"threshold.{layer.layer}": layer.selector.threshold.cpu() for layer in layers}
+        reached = mean_density(found)
+        told = {"tau": taus if count > 1 else taus[0], "density": round(reached, 4), "warnings": warnings(found)}
+        return thresholds, told | {"target_reached": abs(reached - density) <= options.tolerance}
+
+
+def _given(density: float | None) -> float:
+    if density is None:
+        raise UsageError("d2dmoe needs a target density: add --density 0.5.")
+    return density

@@ -1,0 +1,159 @@
+"""A copy of a model that is fine-tuned, and what of it an artifact keeps."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from sparse_kernels.layers import ExpertFFN, Meter, Phase
+
+from ..artifact import fingerprint
+from ..base import Data, Method, Progress
+from ..families import Block, blocks
+from .experts import neuron_order, permuted, place_ffn, quantise
+from .training import train
+
+FORMAT = 2  # of checkpoints: those that an earlier version left are not read
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How to fine-tune. windows: int64 [n, window]; batch: windows per step, in `accumulate` parts; lr: peak rate."""
+
+    windows: Tensor
+    batch: int
+    lr: float
+    seed: int
+    progress: Progress
+    accumulate: int = 1
+
+    def tokens(self, steps: int) -> int:
+        return steps * self.batch * self.windows.shape[1]
+
+
+def learning_rate(model: PreTrainedModel, given: float = 0.0) -> float:
+    """The given rate, or LTE's 1.5e-5 for 4096-wide models, scaled by 4096 / hidden size."""
+    hidden: int = model.config.hidden_size  # type: ignore[assignment]
+    return given or 1.5e-5 * 4096 / hidden
+
+
+def checkpoint_file(data: Data, method: Method, model: PreTrainedModel, stage: str) -> Path | None:
+    """Where a stage of this very training keeps its state; None without a workspace."""
+    if data.workspace is None:
+        return None
+    identity = [FORMAT, asdict(method.options), data.corpus, data.seed, fingerprint(model)]
+    name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
+    return Path(data.workspace) / f"{method.name}-{name}-{stage}.safetensors"
+
+
+def dense_ffn(activation: str) -> Callable[[Block, Phase, Meter], ExpertFFN]:
+    """Makes an FFN that computes everything, with this activation in place of its own."""
+
+    def make(block: Block, phase: Phase, meter: Meter) -> ExpertFFN:
+        found = block.linears
+        return ExpertFFN(found.get("gate"), found["up"], found["down"], activation, 1, None, block.index, phase, meter)
+
+    return make
+
+
+class Student:
+    """A float32 copy of a model, everything but embeddings and lm_head trainable.
+
+    permutations: neuron orders, `permutation.<block>` int [neurons]; layer: makes what stands in for a block's FFN.
+    `parameters`: by the names of the base model.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tuning: Tuning,
+        permutations: dict[str, Tensor] | None = None,
+        layer: Callable[[Block, Phase, Meter], ExpertFFN] | None = None,
+    ) -> None:
+        self.tuning, self.phase, self.meter = tuning, Phase(), Meter()
+        self.phase.active = True
+        self.model = copy.deepcopy(model).float().requires_grad_(True)
+        self.parameters = dict(self.model.named_parameters())
+        embeddings = {id(m.weight) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())}
+        with torch.no_grad():
+            for name, order in neuron_order(self.model, permutations or {}).items():
+                self.parameters[name].copy_(permuted(self.parameters[name], order))
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(id(parameter) not in embeddings)
+        self._layers: list[ExpertFFN] = []
+        for block in list(blocks(self.model)) if layer else ():
+            assert layer is not None
+            self._layers.append(layer(block, self.phase, self.meter))
+            place_ffn(block, self._layers[-1], self._set)
+
+    def layers(self) -> list[ExpertFFN]:
+        """What stands in for the FFNs, in model order."""
+        return self._layers
+
+    @contextmanager
+    def positions(self, active: bool | Tensor) -> Iterator[None]:
+        """Within: exactly these positions are sparse; outside, all are."""
+        self.phase.active = active
+        try:
+            yield
+        finally:
+            self.phase.active = True
+
+    def _set(self, path: str, module: nn.Module) -> None:
+        parent, _, name = path.rpartition(".")
+        setattr(self.model.get_submodule(parent), name, module)
+
+    def state(self) -> dict[str, Tensor]:
+        return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+
+    @torch.no_grad()
+    def load(self, state: dict[str, Tensor]) -> None:
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(state[name])
+
+    def task_loss(self, windows: Tensor) -> Tensor:
+        """Mean negative log-likelihood of the next token, nats."""
+        logits = self.model(input_ids=windows, use_cache=False).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), windows[:, 1:].flatten())
+
+    def train(
+        self, loss: Callable[[Tensor, float], Tensor], steps: int, label: str, checkpoint: Path | None = None
+    ) -> list[float]:
+        """`training.train` on this student's text; `loss` is called with windows and the share of the steps done."""
+        return train(
+            self.model,
+            self.tuning.windows,
+            loss,
+            steps=steps,
+            batch=self.tuning.batch,
+            learning_rate=self.tuning.lr,
+            accumulate=self.tuning.accumulate,
+            seed=self.tuning.seed,
+            label=label,
+            progress=self.tuning.progress,
+            checkpoint=checkpoint,
+        )
+
+    def deltas(self, base: PreTrainedModel, permutations: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`delta.<name>` and `scale.<name>`: trained parameters as 8-bit differences to the base model's.
+
+        Both in the order of `permutations`, which must be the one the student was made with.
+        """
+        found: dict[str, Tensor] = {}
+        order = neuron_order(base, permutations)
+        for name, original in base.named_parameters():
+            parameter = self.parameters[name]
+            if parameter.requires_grad:
+                delta = parameter.detach() - permuted(original.detach(), order.get(name)).float()
+                found[f"delta.{name}"], found[f"scale.{name}"] = quantise(delta)
+        return found

@@ -1,0 +1,164 @@
+"""`ExpertFFN` and its selectors: what is timed (kernels) is what is evaluated (masks)."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_kernels.layers import ExpertFFN, Meter, Phase
+from sparse_kernels.selectors import Oracle, Router
+
+WIDTH, UNITS, SIZE = 40, 6, 16
+
+
+def router(kind: str, device: str = "cpu") -> Router:
+    torch.manual_seed(1)
+    one, a, b = (torch.randn(*s, device=device) for s in ((UNITS, WIDTH), (16, WIDTH), (UNITS, 16)))
+    return {
+        "lte": lambda: Router((one,), "threshold", 0.3),
+        "two-layers": lambda: Router((a, b), "threshold", 0.3),
+        "d2dmoe": lambda: Router((a, b), "relative", 0.4, hidden="relu", activation="abs"),
+        "linear-relative": lambda: Router((one,), "relative", 0.4, activation="abs"),
+        "moefication": lambda: Router((a, b), "top-k", k=2, hidden="tanh", normalize=True),
+        "similarity": lambda: Router((one,), "top-k", k=3, bias=torch.randn(UNITS, device=device), normalize=True),
+    }[kind]()
+
+
+KINDS = ("lte", "two-layers", "d2dmoe", "linear-relative", "moefication", "similarity")
+
+
+def ffn(selector, gated=True, mean=None, device="cpu", active=True) -> ExpertFFN:
+    torch.manual_seed(0)
+    phase = Phase()
+    phase.active = active
+    neurons = UNITS * SIZE
+    gate = nn.Linear(WIDTH, neurons, bias=not gated, device=device) if gated else None
+    up, down = nn.Linear(WIDTH, neurons, device=device), nn.Linear(neurons, WIDTH, device=device)
+    layer = ExpertFFN(gate, up, down, "silu" if gated else "relu", SIZE, selector, 0, phase, Meter(), mean)
+    return layer.requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows, gated, compensated", [(1, True, False), (3, False, False), (2, True, True)])
+def test_the_kernels_compute_what_the_masks_do(device, kind, rows, gated, compensated):
+    torch.manual_seed(2)
+    mean = torch.randn(UNITS * SIZE, device=device) if compensated else None
+    selector = router(kind, device)
+    layer = ffn(selector, gated, mean, device)
+    x = torch.randn(rows, WIDTH, device=device)
+    expected = layer(x) if device == "cpu" else _reference(layer, x)
+    found = layer._skip(x, selector)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert int(layer.count) == int(selector(x, layer.hidden(x)).any(0).sum())
+
+
+def _reference(layer: ExpertFFN, x: torch.Tensor) -> torch.Tensor:
+    with layer.meter.on():  # counting keeps the layer on its reference path
+        return layer(x)
+
+
+@pytest.mark.parametrize("k", [1, 2, UNITS - 1, UNITS])
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_any_number_of_experts(k, rows):
+    torch.manual_seed(3)
+    selector = Router((torch.randn(UNITS, WIDTH),), "top-k", k=k)
+    layer, x = ffn(selector), torch.randn(rows, WIDTH)
+    assert torch.allclose(layer._skip(x, selector), layer(x), atol=1e-5)
+    if k == UNITS:
+        assert torch.allclose(layer(x), layer.down(layer.hidden(x).flatten(-2)), atol=1e-6)
+
+
+def test_ties_never_select_more_than_k():
+    selector = Router((torch.zeros(UNITS, WIDTH),), "top-k", k=2)
+    keep = selector(torch.randn(5, WIDTH), torch.empty(0))
+    assert keep.tolist() == 5 * [[True, True] + (UNITS - 2) * [False]]
+    assert ffn(selector)._skip(torch.randn(1, WIDTH), selector).shape == (1, WIDTH)
+
+
+def test_relative_selections_are_nested_and_never_empty():
+    x, before = torch.randn(50, WIDTH), None
+    for share in (0.0, 0.1, 0.5, 0.9, 1.0):
+        selector = router("d2dmoe")
+        selector.threshold.fill_(share)
+        keep = selector(x, torch.empty(0))
+        assert keep.any(1).all() and (before is None or not (keep & ~before).any())
+        before = keep
+        if share == 0:
+            assert keep.all()
+    score = selector.score(x)
+    assert torch.equal(keep, score == score.amax(1, keepdim=True)) and (score >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["moefication", "similarity", "d2dmoe"])
+def test_selection_does_not_depend_on_scale(kind):
+    x, selector = torch.randn(50, WIDTH), router(kind)
+    assert torch.equal(selector(x, torch.empty(0)), selector(4 * x, torch.empty(0)))
+
+
+@pytest.mark.parametrize("kind", ["moefication", "d2dmoe"])
+def test_output_does_not_depend_on_the_size_of_scores(kind):
+    selector, x = router(kind), torch.randn(9, WIDTH)
+    layer = ffn(selector)
+    expected = layer(x)
+    selector.layers[1].mul_(10)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+
+
+def test_a_token_does_not_depend_on_its_batch():
+    selector, x = router("d2dmoe"), torch.randn(9, WIDTH)
+    layer, order = ffn(selector), torch.randperm(9)
+    for run in (layer, lambda rows: layer._skip(rows, selector)):
+        assert torch.allclose(run(x)[order], run(x[order]), atol=1e-6)
+        assert torch.allclose(run(x)[:1], run(x[:1]), atol=1e-5)
+
+
+def test_mean_compensation_follows_its_definition():
+    """The folded form is: what is not computed counts with its mean."""
+    torch.manual_seed(4)
+    selector, x, mean = router("moefication"), torch.randn(7, WIDTH), torch.randn(UNITS * SIZE)
+    layer, plain = ffn(selector, mean=mean), ffn(selector)
+    h, keep = layer.hidden(x), selector(x, torch.empty(0)).unsqueeze(-1)
+    explicit = torch.where(keep, h, mean.view(UNITS, SIZE)).flatten(-2)
+    assert torch.allclose(layer(x), layer.down(explicit), atol=1e-5)
+    assert torch.allclose(ffn(selector, mean=torch.zeros_like(mean))(x), plain(x), atol=1e-6)
+    still = ffn(selector, mean=h[0].flatten())
+    assert torch.allclose(still(x[:1]), still.down(h[:1].flatten(-2)), atol=1e-5)
+
+
+def test_mixed_positions_are_dense_where_they_should_be():
+    torch.manual_seed(5)
+    mask = torch.tensor([[False, True, False], [True, True, False]])
+    x, mean = torch.randn(2, 3, WIDTH), torch.randn(UNITS * SIZE)
+    layer, sparse = ffn(router("similarity"), mean=mean, active=mask), ffn(router("similarity"), mean=mean)
+    dense = layer.down(layer.hidden(x).flatten(-2))
+    assert torch.allclose(layer(x)[~mask], dense[~mask], atol=1e-5)
+    assert torch.allclose(layer(x)[mask], sparse(x)[mask], atol=1e-5)
+
+
+def test_the_oracle_is_the_best_subset():
+    torch.manual_seed(6)
+    h, k = torch.randn(20, 8, 4), 3
+    chosen = Oracle(8, lambda v: v.abs().sum(-1), "top-k", k=k)(h, h)
+    importance = h.abs().sum(-1)
+    best = torch.stack([importance[:, list(s)].sum(1) for s in itertools.combinations(range(8), k)]).amax(0)
+    assert torch.allclose((importance * chosen).sum(1), best)
+
+
+def test_what_is_charged():
+    two, oracle = router("moefication"), Oracle(UNITS, lambda h: h.abs().sum(-1), "top-k", k=2)
+    assert ffn(two).overhead == 16 * WIDTH + UNITS * 16 and set(ffn(two).linears()) == {"gate", "up", "down"}
+    assert ffn(two, mean=torch.zeros(UNITS * SIZE)).overhead == ffn(two).overhead + UNITS * SIZE
+    assert ffn(oracle).overhead == 0 and set(ffn(oracle).linears()) == {"down"}  # it reads the hidden layer whole
+    assert not ffn(oracle).fast(torch.randn(1, WIDTH))
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match="rule must be"):
+        Router((torch.zeros(4, 8),), "best")
+    with pytest.raises(ValueError, match="k 1 to 4"):
+        Router((torch.zeros(4, 8),), "top-k", k=5)
+    with pytest.raises(ValueError, match="one layer"):
+        Router((torch.zeros(4, 8), torch.zeros(3, 4)), bias=torch.zeros(3))
+    with pytest.raises(ValueError, match="do not divide"):
+        ExpertFFN(None, nn.Linear(8, 30), nn.Linear(30, 8), "relu", 8, None, 0, Phase(), Meter())

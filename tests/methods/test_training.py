@@ -1,0 +1,96 @@
+"""The shared training loop and the dense baseline that it makes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from methods import sparsify
+from methods.registry import parse
+from methods.shared import training
+from methods.shared.training import SCHEDULES, train
+from tests.methods.models import data, llama, windows
+
+
+def line(seed: int = 0) -> tuple[nn.Linear, torch.Tensor]:
+    torch.manual_seed(seed)
+    return nn.Linear(4, 1), torch.randn(64, 4)
+
+
+def fit(model: nn.Linear, rows: torch.Tensor, **settings: Any) -> list[float]:
+    def loss(batch: torch.Tensor, done: float) -> torch.Tensor:
+        return (model(batch) - batch.sum(1, keepdim=True)).square().mean()
+
+    return train(model, rows, loss, **{"steps": 20, "batch": 8, "learning_rate": 0.05, "mixed": False, **settings})
+
+
+def test_accumulation_changes_memory_not_the_result() -> None:
+    results = []
+    for parts in (1, 4, 3):  # 3 does not divide 8
+        model, rows = line()
+        losses = fit(model, rows, accumulate=parts)
+        results.append((losses, model.weight.detach()))
+    for losses, weight in results[1:]:
+        assert losses == pytest.approx(results[0][0], rel=1e-4) and torch.allclose(weight, results[0][1], atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_fall_and_the_loss_with_them(schedule: str) -> None:
+    left = [SCHEDULES[schedule](s) for s in (1.0, 0.7, 0.3, 0.0)]
+    assert left == sorted(left, reverse=True) and left[0] == 1.0 and left[-1] == (schedule == "constant")
+    losses = fit(*line(), schedule=schedule, steps=60)
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def test_the_best_parameters_are_kept_and_training_stops() -> None:
+    model, rows = line()
+    answers, seen = iter([3.0, 1.0, 2.0, 2.0, 2.0, 0.0]), []
+
+    def validate() -> float:
+        seen.append(model.weight.detach().clone())
+        return next(answers)
+
+    losses = fit(model, rows, validate=validate, every=2, patience=3)
+    assert len(losses) == 10 and len(seen) == 5  # the sixth answer is never asked for
+    assert torch.equal(model.weight, seen[1])
+
+
+def test_early_stopping_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+
+    def run(place: Path | None, die_at: int | None) -> tuple[list[float], torch.Tensor]:
+        model, rows = line()
+        asked = 0
+
+        def validate() -> float:
+            nonlocal asked
+            asked += 1
+            if asked == die_at:
+                raise KeyboardInterrupt
+            return float((model.weight - 0.3).square().sum())  # passed on the way to 1, and then left behind
+
+        losses = fit(model, rows, validate=validate, patience=4, steps=200, schedule="constant", checkpoint=place)
+        return losses, model.weight.detach()
+
+    straight = run(None, None)
+    assert 4 < len(straight[0]) < 200
+    place = tmp_path / "state.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        run(place, len(straight[0]) - 2)
+    for resumed in (run(place, None), run(place, 1)):  # the second finds it finished, and asks nothing
+        assert resumed[0] == pytest.approx(straight[0]) and torch.equal(resumed[1], straight[1])
+
+
+def test_a_model_fine_tuned_dense_learns_and_costs_what_dense_does() -> None:
+    model, ids = llama(), windows(4, seed=2)
+    before = float(model(input_ids=ids, labels=ids).loss)
+    (artifact,) = parse("dense-finetuned:steps=30:batch=4:lr=0.003").prepare(model, data(), [None])
+    assert artifact.density is None and artifact.manifest["tokens"] == 30 * 4 * 64
+    with sparsify(model, artifact) as handle:
+        assert not handle.layers() and float(model(input_ids=ids, labels=ids).loss) < before - 0.2
+    assert float(model(input_ids=ids, labels=ids).loss) == before
+    assert parse("dense-finetuned").synthesize(model, None, ids).tensors == {}
