@@ -3,8 +3,8 @@
 A step feeds one token per sequence and returns the next greedy one, so every step sees hidden states the model made
 itself. On a GPU the dense model runs as stock eager, as a CUDA graph, compiled inside a CUDA graph, and through our own
 runtime; the sparse model through the runtime, or as a CUDA graph and compiled inside one where the runtime has no block
-for the architecture; speed-up is the fastest dense over the fastest sparse. On a CPU the
-reference path is timed, which masks instead of skipping: it is labelled so and never ranked.
+for the architecture; speed-up is the fastest dense over the fastest sparse. On a CPU the reference path is timed, which
+masks instead of skipping: it is labelled so and never ranked.
 """
 
 from __future__ import annotations

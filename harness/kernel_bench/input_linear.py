@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from sparse_kernels import input_linear, threshold_linear
 from sparse_kernels.input_linear import naive
+from sparse_kernels.input_linear.cost import linear_bytes
 
 from .case import BATCHES, DENSITIES, Case, Copy, Draw, Shape, double
 
@@ -54,7 +55,7 @@ def _build(select: str | None, shape: Shape, name: str, batch: int, density: flo
     return Copy(
         run=run,
         reference=reference,
-        bytes=kept * outputs * weight.element_size(),
+        bytes=linear_bytes(kept, outputs, weight.element_size()),
         density=kept / channels,
         baseline=lambda: F.linear(x, weight, bias),
     )

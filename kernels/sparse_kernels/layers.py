@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from . import ACTIVATIONS, compact, expert_hidden, input_linear, neuron_ffn
+from . import ACTIVATIONS, expert_hidden, input_linear, neuron_ffn, threshold_linear
 from .selectors import Selector
 
 FAST_ROWS = 64  # what the kernels take; a decode step of this many sequences is theirs, a prompt is not
@@ -72,7 +72,7 @@ class SparseLayer(nn.Module, ABC):
 
     site: the name under which density is reported; units: how many units a selection chooses from;
     linears: the matrices whose cost is proportional to density; overhead: parameters always read (a router).
-    count: int32 [1] on the device, the units read by the last fast pass.
+    count: int32 on the device, whose sum is the number of units read by the last fast pass.
     """
 
     def __init__(self, site: str, layer: int, phase: Phase, meter: Meter) -> None:
@@ -144,8 +144,7 @@ class SparseLinear(SparseLayer):
         if self.fast(x):
             self.materialize()
             rows = x.reshape(-1, x.shape[-1])
-            index, self.count = compact(rows, self.threshold, True)
-            y = input_linear(rows, self.weight_t, index, self.count, self.threshold, self.linear.bias)
+            y, self.count, _ = threshold_linear(rows, self.weight_t, self.threshold, bias=self.linear.bias)
             return y.view(*x.shape[:-1], -1)
         keep = self.mask(x.abs().float() > self.threshold)
         return self.linear(x * keep)
