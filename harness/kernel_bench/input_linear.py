@@ -55,7 +55,7 @@ def _build(select: str | None, shape: Shape, name: str, batch: int, density: flo
     return Copy(
         run=run,
         reference=reference,
-        bytes=linear_bytes(kept, outputs, weight.element_size()),
+        bytes=round(linear_bytes(kept, outputs, weight.element_size())),
         density=kept / channels,
         baseline=lambda: F.linear(x, weight, bias),
     )

@@ -5,10 +5,10 @@ from support import close
 
 from sparse_kernels import row_stats, threshold_linear
 from sparse_kernels.input_linear import kernel, naive
-from sparse_kernels.input_linear.launch import Config
+from sparse_kernels.launch import Launch
 
 SEGMENTS = {"one": [200], "three": [100, 37, 63]}
-CONFIG = Config(rows=8, columns=64, warps=4, stages=3, programs=4, head=True)
+CONFIG = Launch(rows=8, columns=64, warps=4, stages=3, programs=4)
 
 
 def make(batch, channels, width, device, dtype=torch.float32):

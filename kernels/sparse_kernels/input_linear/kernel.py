@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_kernels.blocks import activate, begin
-from sparse_kernels.input_linear.launch import STATS_TILE, Config, grid_for
-from sparse_kernels.launch import interpreting, padded_batch, power_of_2, run
+from sparse_kernels.input_linear.launch import STATS_TILE, grid_for
+from sparse_kernels.launch import Launch, interpreting, padded_batch, power_of_2, run
 
 DEAL = tl.constexpr(8)  # channels dealt to a split at a time: one sector of float32 partials
 DENSE_SLICE = 512  # channels a program prepares for a dense product
@@ -75,18 +75,17 @@ def input_at(x, place, inside, parts, stride_part, PARTS: tl.constexpr, DTYPE: t
 
 @triton.jit
 def fill_kernel(
-    x, index, total, threshold, norm_weight, norm_bias, stats, center, list_index, list_value, list_count, counts, like,
+    x, index, total, threshold, norm_weight, norm_bias, stats, center, list_index, list_value, list_count, like,
     B, K, stride_x, parts, stride_part,
     SELECT: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, CHANNELWISE: tl.constexpr, INVERT: tl.constexpr,
     NORM: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr,
     TILE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr, PARTS: tl.constexpr,
     BATCH: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
-    HEAD: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """Write one split's channels [SLOTS], values [BATCH, SLOTS] and their number, for one segment of the output.
 
-    The first HEAD slots hold the split's first channels whether active or not; their weights are always read. Several
-    rows take CHUNK channels of the slice at a time, one row all of them, its constants before it waits.
+    Several rows take CHUNK channels of the slice at a time, one row all of them, its constants before it waits.
     """
     split = tl.program_id(0)
     segment = tl.program_id(1)
@@ -109,8 +108,7 @@ def fill_kernel(
         start = (listed.to(tl.int64) * split // splits).to(tl.int32)
         count = (listed.to(tl.int64) * (split + 1) // splits).to(tl.int32) - start
     else:
-        count = HEAD if SELECT == "threshold" else 0
-    active = 0
+        count = 0
     for first in range(0, SLICE, CHUNK):
         j = first + tl.arange(0, CHUNK)
         if SELECT == "list":
@@ -174,11 +172,9 @@ def fill_kernel(
                 found = keep.to(tl.int32)
                 if BATCH > 1:
                     found = tl.max(found, 0)
-                after = tl.where(j < HEAD, 0, found)
-                slot = tl.where(j < HEAD, j, count + tl.cumsum(after, 0) - after)
-                written = inside_k & ((j < HEAD) | (found != 0))
-                count += tl.sum(after, 0)
-                active += tl.sum(found, 0)
+                slot = count + tl.cumsum(found, 0) - found
+                written = found != 0
+                count += tl.sum(found, 0)
             elif SELECT != "list":
                 count += tl.sum(inside_k.to(tl.int32), 0)
             if SELECT == "list" or SELECT == "threshold":
@@ -188,8 +184,6 @@ def fill_kernel(
             else:
                 tl.store(values + slot[None, :], v.to(list_value.dtype.element_ty), mask=written[None, :] & inside_row)
     if SELECT != "dense":
-        if SELECT == "threshold":
-            tl.store(counts + lists, active)
         tl.store(list_count + lists, count)
         # The loop reads values in whole steps, unmasked so that the loads are wide: what follows the last one is zero.
         rest = tl.arange(0, ROWS) + count
@@ -217,7 +211,7 @@ def linear_kernel(
     list_value, list_index, list_count, weight, side, side_up, partial,
     B, K, N, R, width0, width1, splits, stride_w, stride_side,
     SELECT: tl.constexpr, SEGMENTS: tl.constexpr, SIDE: tl.constexpr, ALIGNED: tl.constexpr, BATCH: tl.constexpr,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, HEAD: tl.constexpr,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial[split, b, n] = sum over the split's list of value[b, k] * weight[k, n] (+ its share of side side_up)."""
@@ -246,19 +240,9 @@ def linear_kernel(
     values = list_value + lists.to(tl.int64) * (BATCH * SLOTS)
     channels = list_index + lists.to(tl.int64) * SLOTS
 
-    if HEAD > 0:  # read whatever is selected, so that memory is busy while the selection is made
-        head_k = dealt(row, split, splits)
-        head = tl.load(
-            weight + head_k.to(tl.int64)[:, None] * stride_w + n[None, :],
-            mask=(head_k < K)[:, None] & inside_n[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
     begin(PDL)
     last = tl.load(list_count + lists)
-    if HEAD > 0:
-        acc = accumulate(acc, tl.load(values + row), head, DTYPE, BATCH, UPCAST)
-    for start in tl.range(HEAD, last, ROWS, num_stages=STAGES):
+    for start in tl.range(0, last, ROWS, num_stages=STAGES):
         p = tl.multiple_of(start, ROWS) + row
         live = p < last
         if BATCH == 1:
@@ -362,7 +346,7 @@ def combine(
 
 def run_fill(
     x: Tensor, weight_t: Tensor, select: str, grid: tuple[int, int], slice_: int, list_index: Tensor,
-    list_value: Tensor, list_count: Tensor, counts: Tensor, common: dict[str, Any],
+    list_value: Tensor, list_count: Tensor, common: dict[str, Any],
     index: Tensor | None = None, count: Tensor | None = None, group: int = 1, threshold: Tensor | None = None,
     invert: bool = False, norm: str = "", norm_weight: Tensor | None = None, norm_bias: Tensor | None = None,
     eps: float = 0.0, stats: Tensor | None = None, activation: str = "", gated: bool = False,
@@ -373,7 +357,7 @@ def run_fill(
     tiles = 1 if stats is None else stats.shape[1]
     run(
         fill_kernel, grid,
-        x, index, count, threshold, norm_weight, norm_bias, stats, center, list_index, list_value, list_count, counts,
+        x, index, count, threshold, norm_weight, norm_bias, stats, center, list_index, list_value, list_count,
         weight_t, batch, weight_t.shape[0], x.stride(-2), parts, x.stride(0) if parts else 0,
         GROUP=group, LIMIT=threshold is not None, CHANNELWISE=threshold is not None and threshold.dim() == 2,
         INVERT=invert, NORM=norm, NORM_BIAS=norm_bias is not None, EPS=eps, TILES=tiles, PADDED=power_of_2(tiles),
@@ -390,9 +374,9 @@ def dense(x: Tensor, weight_t: Tensor, widths: list[int], **prepare: Any) -> Ten
     batch, device, (channels, width) = x.shape[-2], x.device, weight_t.shape
     padded = padded_batch(batch)
     value = torch.empty(len(widths), batch, channels, dtype=weight_t.dtype, device=device)
-    common = dict(SELECT="dense", BATCH=padded, SLOTS=1, ROWS=1, HEAD=0)
+    common = dict(SELECT="dense", BATCH=padded, SLOTS=1, ROWS=1)
     splits = triton.cdiv(channels, DENSE_SLICE)
-    run_fill(x, weight_t, "dense", (splits, len(widths)), DENSE_SLICE, value, value, value, value, common, **prepare)
+    run_fill(x, weight_t, "dense", (splits, len(widths)), DENSE_SLICE, value, value, value, common, **prepare)
     if len(widths) == 1:
         return value[0] @ weight_t
     out = torch.empty(batch, width, dtype=weight_t.dtype, device=device)
@@ -411,7 +395,7 @@ def linear(
     group: int = 1,
     side: Tensor | None = None,
     side_up: Tensor | None = None,
-    config: Config | None = None,
+    config: Launch | None = None,
     **prepare: Any,
 ) -> tuple[Tensor, Tensor]:
     """(partial float32 [splits, B, N], counts int32 [segments, splits], empty unless select is "threshold").
@@ -424,18 +408,16 @@ def linear(
     config, columns, tiles, splits = grid_for(batch, channels, widths, device, config)
     rows = config.rows if padded == 1 else max(16, config.rows)
     slice_ = power_of_2(8 * triton.cdiv(triton.cdiv(channels, 8), splits))
-    head = rows if config.head and padded == 1 and select != "list" else 0
-    slots = slice_ + head + rows
+    slots = slice_ + rows
     list_index = torch.empty(segments * splits, slots, dtype=torch.int32, device=device)
     list_value = torch.empty(
         segments * splits, padded, slots, dtype=torch.float32 if padded == 1 else weight_t.dtype, device=device
     )
     list_count = torch.empty(segments, splits, dtype=torch.int32, device=device)
-    counts = torch.empty(segments if select == "threshold" else 0, splits, dtype=torch.int32, device=device)
     partial = torch.empty(splits, batch, width, dtype=torch.float32, device=device)
-    common = dict(SELECT=select, BATCH=padded, SLOTS=slots, ROWS=rows, HEAD=head)
+    common = dict(SELECT=select, BATCH=padded, SLOTS=slots, ROWS=rows)
     run_fill(
-        x, weight_t, select, (splits, segments), slice_, list_index, list_value, list_count, counts, common,
+        x, weight_t, select, (splits, segments), slice_, list_index, list_value, list_count, common,
         index=index, count=count, group=group, **prepare,
     )  # fmt: skip
     run(
@@ -444,6 +426,8 @@ def linear(
         batch, channels, width, 0 if side is None else side.shape[1], widths[0], widths[1] if segments > 1 else 0,
         splits, weight_t.stride(0), 0 if side_up is None else side_up.stride(0),
         SEGMENTS=segments, SIDE=side is not None, ALIGNED=all(w % 16 == 0 for w in widths), COLUMNS=columns,
-        STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps, pdl=config.pdl, **common,
+        STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps,
+        pdl=False,  # early programs would crowd on the multiprocessors that free up first
+        **common,
     )  # fmt: skip
-    return partial, counts
+    return partial, list_count[: segments if select == "threshold" else 0]

@@ -1,6 +1,5 @@
 """How the input-sparse linear layers are launched. Does not import triton."""
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,29 +10,17 @@ NARROW = 8192  # outputs below which the grid needs narrow tiles to fill the GPU
 STATS_TILE = 64  # columns of a tile of statistics, and of the kernel that adds partials
 
 
-@dataclass(frozen=True)
-class Config(Launch):
-    """head: read the first rows of every share before the selection is known; pdl: start while the previous kernel ends.
-
-    pdl helps only where a multiprocessor cannot hold more programs than `programs` asks for: else early starters crowd
-    on some of them.
-    """
-
-    head: bool = False
-    pdl: bool = False
-
-
 # By architecture (90: Hopper), then batch padded to a tile and whether the output is narrow.
-LAUNCH: dict[int, dict[tuple[int, bool], Config]] = {
+LAUNCH: dict[int, dict[tuple[int, bool], Launch]] = {
     90: {
-        (1, True): Config(rows=32, columns=128, warps=4, stages=5, programs=2),
-        (1, False): Config(rows=4, columns=1024, warps=4, stages=5, programs=2),
-        (16, True): Config(rows=32, columns=256, warps=4, stages=6, programs=2),
-        (16, False): Config(rows=32, columns=256, warps=4, stages=6, programs=2),
-        (32, True): Config(rows=32, columns=128, warps=4, stages=6, programs=3),
-        (32, False): Config(rows=32, columns=128, warps=4, stages=6, programs=3),
-        (64, True): Config(rows=32, columns=128, warps=4, stages=4, programs=2),
-        (64, False): Config(rows=32, columns=128, warps=4, stages=4, programs=2),
+        (1, True): Launch(rows=32, columns=128, warps=4, stages=5, programs=2),
+        (1, False): Launch(rows=4, columns=1024, warps=4, stages=5, programs=2),
+        (16, True): Launch(rows=32, columns=256, warps=4, stages=6, programs=2),
+        (16, False): Launch(rows=32, columns=256, warps=4, stages=6, programs=2),
+        (32, True): Launch(rows=32, columns=128, warps=4, stages=6, programs=3),
+        (32, False): Launch(rows=32, columns=128, warps=4, stages=6, programs=3),
+        (64, True): Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
+        (64, False): Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
     }
 }
 
@@ -41,7 +28,7 @@ LAUNCH: dict[int, dict[tuple[int, bool], Config]] = {
 class Grid(NamedTuple):
     """config: the launch; columns: of a tile; tiles: of all segments together; splits: shares of the channels."""
 
-    config: Config
+    config: Launch
     columns: int
     tiles: int
     splits: int
@@ -51,7 +38,7 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def grid_for(batch: int, channels: int, widths: list[int], device: torch.device, config: Config | None = None) -> Grid:
+def grid_for(batch: int, channels: int, widths: list[int], device: torch.device, config: Launch | None = None) -> Grid:
     """The grid of one call; on a CPU, where the definition runs, one tile and one split."""
     padded = padded_batch(batch)
     config = config or pick(LAUNCH, device)[padded, sum(widths) < NARROW]
