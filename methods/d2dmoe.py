@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from sparse_kernels.layers import ExpertFFN
     from sparse_kernels.selectors import Router, Selector
 
+LATE = ("rule", "scope", "selector", "tolerance", "trials")  # options that matter after training
 CHOICES = {
     "penalty": ("hoyer", "l1"),
     "ramp": ("linear_warmup", "linear", "constant"),
@@ -179,7 +180,8 @@ class D2dmoe(Method):
         tuning = Tuning(data.train(options.steps * options.batch), options.batch, rate, data.seed, progress)
         student = Student(model, tuning, None, dense_ffn("relu" if relu else activation_of(model.config)))
         loss = sparse_loss(student, options.penalty, options.weight, options.ramp, relu)
-        losses = student.train(loss, options.steps, "d2dmoe sparsity", checkpoint_file(data, self, model, "sparsity"))
+        place = checkpoint_file(data, self, model, "sparsity", (*LATE, "expert_size", "rank", "windows", "epochs"))
+        losses = student.train(loss, options.steps, "d2dmoe sparsity", place)
         told = {"lr": rate, "tokens": tuning.tokens(options.steps)}
         return student.deltas(model, {}), told | {"loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]]}
 
@@ -201,7 +203,8 @@ class D2dmoe(Method):
             return norm_router(*self._start(layer.units, layer.up.in_features, generator))
 
         recipe = Recipe(mse_loss, lambda norms: norms, self.options.epochs, 1e-3, "cosine")
-        return learn(self, model, tensors, windows, data, start, lambda layer, x: output_norms(layer), recipe, progress)
+        how = start, lambda layer, x: output_norms(layer), recipe, LATE
+        return learn(self, model, tensors, windows, data, *how, progress)
 
     def _reach(
         self, model: PreTrainedModel, tensors: dict[str, Tensor], density: float, windows: Tensor, progress: Progress

@@ -24,6 +24,7 @@ class Layout:
     ffn: tuple[str, ...]
     activation: str  # the config attribute that names the activation
     norms: tuple[str, str] | None = None  # before attention and before the FFN, where these are a block's only norms
+    scaled_query: bool = False  # the query is scaled, and rounded, before it meets the keys
     decode_mask: bool = False  # a decode step needs an explicit attention mask to stay free of host reads
 
 
@@ -59,6 +60,7 @@ OPT = Layout(
     ffn=("fc1", "activation_fn", "fc2"),
     activation="activation_function",
     norms=("self_attn_layer_norm", "final_layer_norm"),
+    scaled_query=True,
     decode_mask=True,
 )
 

@@ -185,7 +185,8 @@ class Moefication(Method):
         rate = learning_rate(model, self.options.lr)
         tuning = Tuning(data.train(steps * batch), batch, rate, data.seed, progress)
         student = Student(model, tuning, None, dense_ffn("relu"))
-        place = checkpoint_file(data, self, model, "relu")
+        free = ("split", "selector", "expert_size", "windows", "epochs")
+        place = checkpoint_file(data, self, model, "relu", free)
         losses = student.train(lambda ids, done: student.task_loss(ids), steps, "moefication with ReLU", place)
         told = {"tokens": tuning.tokens(steps), "lr": rate, "relu_loss": losses[:: max(1, len(losses) // 20)]}
         return student.deltas(model, {}), told
@@ -210,7 +211,7 @@ class Moefication(Method):
         recipe = Recipe(loss, labels, self.options.epochs, 0.01, "constant")  # the released code's
         start = partial(self._start, data.seed)
         trained = recipe if self.options.selector == "mlp" else None
-        found, caught = learn(self, model, tensors, windows, data, start, importance, trained, progress)
+        found, caught = learn(self, model, tensors, windows, data, start, importance, trained, progress=progress)
         return found | {name: mean.cpu() for name, mean in means.items()}, caught
 
     def _start(self, seed: int, layer: ExpertFFN) -> Router | None:

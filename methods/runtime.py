@@ -41,9 +41,12 @@ class Step:
 
 
 class Projection:
-    """Linear layers side by side, transposed, with a threshold each; None for all of them if none is sparse."""
+    """Linear layers side by side, transposed, with a threshold each; None for all of them if none is sparse.
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    share: the layers' own weights become views of that one matrix, until `restore`.
+    """
+
+    def __init__(self, modules: list[nn.Module], share: bool) -> None:
         linears: list[Any] = [m.linear if isinstance(m, SparseLinear) else m for m in modules]
         self.layers = [m if isinstance(m, SparseLinear) else None for m in modules]
         self.widths = [linear.out_features for linear in linears]
@@ -58,6 +61,14 @@ class Projection:
         if any(layer is not None for layer in self.layers):
             dense = torch.full((1,), DENSE, device=first.device)
             self.threshold = torch.cat([dense if layer is None else layer.threshold for layer in self.layers])
+        self.shared = [linear.weight for linear in linears] if share else []
+        for weight, view in zip(self.shared, self.weight_t.split(self.widths, 1), strict=False):
+            weight.data = view.t()
+
+    def restore(self) -> None:
+        """Gives shared weights a storage of their own again, with the same bits."""
+        for weight in self.shared:
+            weight.data = weight.data.contiguous()
 
     def __call__(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """(output or its parts, stats); also leaves with each sparse layer how many channels it read."""
@@ -84,18 +95,21 @@ class Norm:
 class FastBlock:
     """One decoder block: `forward` takes the place of the module's own, which it calls whenever it cannot serve."""
 
-    def __init__(self, model: PreTrainedModel, module: Any, index: int, last: bool, step: Step, phase: Any) -> None:
+    def __init__(
+        self, model: PreTrainedModel, module: Any, index: int, last: bool, step: Step, phase: Any, share: bool
+    ) -> None:
         layout = layout_of(model.config)
         find = module.get_submodule
         self.module, self.slow, self.index, self.last = module, module.forward, index, last
         self.step, self.phase = step, phase
         attention: Any = find("self_attn")
-        self.qkv = Projection([find(layout.linears[name]) for name in "qkv"])
-        self.o = Projection([find(layout.linears["o"])])
+        self.qkv = Projection([find(layout.linears[name]) for name in "qkv"], share)
+        self.o = Projection([find(layout.linears["o"])], share)
         assert layout.norms is not None  # `why_not` has seen to it
         self.first, self.second = (Norm(find(path)) for path in layout.norms)
         self.dim: int = attention.head_dim
         self.scale: float = attention.scaling
+        self.scaled_query = layout.scaled_query
         self.query_norm = getattr(getattr(attention, "q_norm", None), "weight", None)
         self.key_norm = getattr(getattr(attention, "k_norm", None), "weight", None)
         self.head_eps = float(getattr(getattr(attention, "q_norm", None), "variance_epsilon", 1e-6))
@@ -106,9 +120,15 @@ class FastBlock:
             leader.materialize()
         else:
             names = ("gate", "up") if "gate" in layout.linears else ("up",)
-            self.up = Projection([find(layout.linears[name]) for name in names])
-            self.down = Projection([find(layout.linears["down"])])
+            self.up = Projection([find(layout.linears[name]) for name in names], share)
+            self.down = Projection([find(layout.linears["down"])], share)
             self.activation, self.gated = activation_of(model.config), len(names) == 2
+
+    def restore(self) -> None:
+        """Puts the module's own forward and weights back."""
+        self.module.__dict__.pop("forward", None)
+        for projection in (self.qkv, self.o) if self.ffn is not None else (self.qkv, self.o, self.up, self.down):
+            projection.restore()
 
     def serves(self, hidden: Tensor, cache: Any) -> bool:
         """One token per sequence, a static cache with something in it, every position sparse, nobody counting."""
@@ -140,7 +160,9 @@ class FastBlock:
         q = rope_cache_write(
             q, k, v, cos, sin, position, layer.keys, layer.values, self.query_norm, self.key_norm, self.head_eps
         )
-        mixed = attention_decode(q, layer.keys, layer.values, step.lengths, scale=self.scale).view(batch, -1)
+        # A query that the model scales itself is rounded before the product with the keys.
+        q, scale = (q * self.scale, 1.0) if self.scaled_query else (q, self.scale)
+        mixed = attention_decode(q, layer.keys, layer.values, step.lengths, scale=scale).view(batch, -1)
 
         if self.ffn is None:
             h, stats = self.o(mixed, residual=h, with_stats=True)
@@ -175,12 +197,15 @@ def fast_steps(model: PreTrainedModel, handle: SparseModel | None = None) -> Any
 
 
 @contextmanager
-def runtime(model: PreTrainedModel, handle: SparseModel | None = None) -> Iterator[list[FastBlock]]:
+def runtime(
+    model: PreTrainedModel, handle: SparseModel | None = None, share: bool = False
+) -> Iterator[list[FastBlock]]:
     """Within: decode steps of `model` over a StaticCache run through the fused operators.
 
     handle: the attached method, whose selections are used; None for the dense model. Prompts of a batch must be of one
-    length, without padding. Transposed copies of the blocks' weights exist until the end of the `with` block. A CUDA
-    graph captured within stays valid afterwards as long as its owner keeps what `with` returns.
+    length, without padding. The runtime reads transposed weights: a copy, or with `share` the only one, of which the
+    model's own weights are then views (prompts run as fast, docs/kernels.md; graphs captured before must not be
+    replayed within). A CUDA graph captured within stays valid as long as its owner keeps what `with` returns.
     Raises UsageError for an architecture without a block.
     """
     reason = why_not(model)
@@ -191,11 +216,13 @@ def runtime(model: PreTrainedModel, handle: SparseModel | None = None) -> Iterat
     phase: Callable[[], bool] | None = None
     if handle is not None:
         phase = lambda: handle.phase.active is True and not handle.meter.enabled  # noqa: E731
-    blocks = [FastBlock(model, m, i, i + 1 == len(modules), step, phase) for i, m in enumerate(modules)]
+    blocks: list[FastBlock] = []
     try:
+        for index, module in enumerate(modules):
+            blocks.append(FastBlock(model, module, index, index + 1 == len(modules), step, phase, share))
         for block in blocks:
             block.module.forward = block.forward
         yield blocks
     finally:
         for block in blocks:
-            block.module.__dict__.pop("forward", None)
+            block.restore()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,13 +92,14 @@ def learn(
     start: Callable[[ExpertFFN], Router | None],
     importance: Callable[[ExpertFFN, Tensor], Importance],
     recipe: Recipe | None,
+    free: Sequence[str] = (),
     progress: Progress = silent,
 ) -> tuple[dict[str, Tensor], dict[str, list[float]]]:
     """Router tensors `router.<block>.<a, b or bias>`, and by layer what `quality` says of them.
 
     tensors: weights and order of the model that the routers are for; start: the router of a layer, None for none;
     importance: from a layer and its inputs [tokens, d], the function of hidden values that routers should predict;
-    recipe: None leaves them as they start.
+    recipe: None leaves them as they start; free: options that make no difference to routers.
     """
     found: dict[str, Tensor] = {}
     caught: dict[str, list[float]] = {"captured": [], "possible": []}
@@ -110,7 +111,7 @@ def learn(
             router.to(x.device)
             true = targets(layer, x, measure)
             if recipe is not None:
-                place = checkpoint_file(data, method, model, f"router{index}")
+                place = checkpoint_file(data, method, model, f"router{index}", free)
                 fit(router, x, true, recipe, data.seed, f"{method.name} router {index}", progress, place)
             for name, share in quality(router, x, true).items():
                 caught[name].append(round(share, 4))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -47,11 +47,17 @@ def learning_rate(model: PreTrainedModel, given: float = 0.0) -> float:
     return given or 1.5e-5 * 4096 / hidden
 
 
-def checkpoint_file(data: Data, method: Method, model: PreTrainedModel, stage: str) -> Path | None:
-    """Where a stage of this very training keeps its state; None without a workspace."""
+def checkpoint_file(
+    data: Data, method: Method, model: PreTrainedModel, stage: str, free: Sequence[str] = ()
+) -> Path | None:
+    """Where a stage of this very training keeps its state; None without a workspace.
+
+    free: options that make no difference to this stage, so that methods that differ in them alone train it once.
+    """
     if data.workspace is None:
         return None
-    identity = [FORMAT, asdict(method.options), data.corpus, data.seed, fingerprint(model)]
+    options = {name: value for name, value in asdict(method.options).items() if name not in free}
+    identity = [FORMAT, options, data.corpus, data.seed, fingerprint(model)]
     name = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:12]
     return Path(data.workspace) / f"{method.name}-{name}-{stage}.safetensors"
 

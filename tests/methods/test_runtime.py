@@ -1,5 +1,7 @@
 """The decode runtime against transformers' own blocks, on the operators' definitions."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from models import MODELS, data, llama, windows
@@ -120,6 +122,26 @@ def test_dense_positions_and_counting_passes_go_the_slow_way():
         with handle.meter.on():
             assert decode(model, prompt, 4)[1] == 0
         assert decode(model, prompt, 4)[1] > 0
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", ["teal", "lte", None])
+def test_one_copy_of_the_weights_serves_prompts_and_steps(kind, name):
+    model, prompt = MODELS[kind](), windows(2, 9)
+    before = {key: (id(p), p.detach().clone()) for key, p in model.named_parameters()}
+    artifact = None if name is None else create(name, {}).synthesize(model, 0.5, windows(2, 32))
+    with sparsify(model, artifact) if artifact else nullcontext() as handle:
+        with runtime(model, handle):
+            wanted, _ = decode(model, prompt, 6)
+        with runtime(model, handle, share=True) as blocks:
+            found, served = decode(model, prompt, 6)
+            for block in blocks:
+                for weight in block.qkv.shared:
+                    assert weight.untyped_storage().data_ptr() == block.qkv.weight_t.untyped_storage().data_ptr()
+        assert served == 5 * 2 and torch.allclose(found, wanted, atol=1e-4)
+    for key, parameter in model.named_parameters():
+        assert before[key][0] == id(parameter) and parameter.is_contiguous()
+        assert torch.equal(parameter, before[key][1])
 
 
 def test_generate_is_the_same_text():
