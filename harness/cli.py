@@ -18,6 +18,7 @@ VERBS = {
     "ls": "list methods, models and tasks",
     "prepare": "calibrate or train a method's artifact and save it",
     "report": "rebuild the leaderboard and the plots from the records",
+    "compare": "say what is faster, slower or less accurate in one result set than in another",
     "bench": "time the kernels against the memory limit and dense libraries",
 }
 INTERRUPTED = 130

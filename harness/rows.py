@@ -114,7 +114,7 @@ class Row:
     def _paired(self, name: str) -> tuple[list[float], list[float]] | None:
         """This cell's scores and dense's on the same items; None unless both are complete."""
         own = self.part("items").get(name)
-        base = Row(self.dense, None).part("items").get(name) if self.dense and self.method != "dense" else None
+        base = Row(self.dense, None).part("items").get(name) if self.dense and self.dense is not self.record else None
         complete = own and base and len(own) == len(base) and None not in own and None not in base
         return (own, base) if own and base and complete else None
 

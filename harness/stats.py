@@ -95,14 +95,17 @@ def speedup(
     candidate: Sequence[Sequence[float]],
     resamples: int = RESAMPLES,
     seed: int = 0,
+    paired: bool = True,
 ) -> Interval:
     """Ratio of medians, `median(baseline) / median(candidate)`, of times measured in interleaved blocks.
 
     `baseline[i]` and `candidate[i]` are the samples of block i, which ran next to each other. The interval is a
     hierarchical bootstrap: blocks are drawn with replacement, the same for both sides, then samples within each
-    drawn block; so a drift from block to block widens it. Raises ValueError when a block is empty or has no partner.
+    drawn block; so a drift from block to block widens it. With paired=False the sides are two runs, with any number of
+    blocks each, drawn apart. Raises ValueError when a block is empty or has no partner.
     """
-    if not baseline or len(baseline) != len(candidate) or not all(map(len, [*baseline, *candidate])):
+    partners = bool(baseline and candidate) and (not paired or len(baseline) == len(candidate))
+    if not partners or not all(map(len, [*baseline, *candidate])):
         raise ValueError("a speed-up needs the same number of non-empty blocks on both sides.")
     slow, fast = ([np.asarray(block, dtype=np.float64) for block in side] for side in (baseline, candidate))
     rng = np.random.default_rng(seed)
@@ -112,7 +115,8 @@ def speedup(
 
     def draw() -> float:
         chosen = rng.integers(len(slow), size=len(slow))
-        return median(slow, chosen) / median(fast, chosen)
+        other = chosen if paired else rng.integers(len(fast), size=len(fast))
+        return median(slow, chosen) / median(fast, other)
 
     estimate = float(np.median(np.concatenate(slow)) / np.median(np.concatenate(fast)))
     return _percentiles(estimate, draw, resamples)
