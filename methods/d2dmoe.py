@@ -40,10 +40,10 @@ class D2dmoeOptions:
     """penalty: hoyer (square Hoyer) or l1; weight: of the penalty; ramp: how it grows, linear_warmup (over the first
     half), linear or constant; activation: relu (takes the place of the model's) or own (kept, and its inputs pushed
     below -10); steps, batch, lr: fine-tuning (0 steps: none, the model as it is; lr 0: as for lte); expert_size:
-    neurons per expert; rank: of the routers (0: hidden size / 8); windows: training windows that routers learn from;
-    epochs: passes over them; rule: dynamic (the paper's) or top-k (its ablation, k fixed); scope: one tau for the model
-    (the paper's) or one for each layer, all layers equally dense; selector: router, or the control oracle (true norms,
-    never timed or ranked); tolerance: accepted distance to the target density; trials: values of tau to try."""
+    neurons per expert; rank: of the routers (0: hidden size / 4, at most 512); windows: training windows that routers
+    learn from; epochs: passes over them; rule: dynamic (the paper's) or top-k (its ablation, k fixed); scope: one tau
+    for the model (the paper's) or one for each layer, all layers equally dense; selector: router, or the control oracle
+    (true norms, never timed or ranked); tolerance: accepted distance to the target density; trials: values of tau."""
 
     penalty: str = "hoyer"
     weight: float = 1e-3
@@ -113,16 +113,16 @@ class D2dmoe(Method):
         shared = perf_counter() - start
         for density in densities:
             start = perf_counter()
-            thresholds, told = self._reach(model, tensors, _given(density), data.calibration, progress)
+            found, told = self._reach(model, tensors, _given(density), data.calibration, progress)
             told |= {"notes": notes, "seconds": round(shared + perf_counter() - start, 1)}
-            yield self.artifact(model, density, tensors | thresholds, manifest | told)
+            yield self.artifact(model, density, tensors | found, manifest | told)
 
     def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
         """Random routers; the tau of each is the quantile of its scores that gives the density."""
         import torch
 
         from .families import blocks
-        from .shared.selection import threshold_quantiles
+        from .shared.selection import set_thresholds, thresholds
 
         tensors: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(0)
@@ -133,7 +133,8 @@ class D2dmoe(Method):
         artifact = self.artifact(model, _given(density), tensors, {})
         if self.options.rule == "dynamic" and self.options.selector == "router":
             with sparsify(model, artifact) as handle:
-                tensors |= threshold_quantiles(handle, tokens, _given(density))
+                set_thresholds(handle, tokens, _given(density))
+                tensors |= thresholds(handle)
         return self.artifact(model, density, tensors, {"synthetic": True})
 
     def attach(self, attachment: Attachment) -> None:
@@ -162,7 +163,7 @@ class D2dmoe(Method):
         """The two layers of a router before training."""
         from .shared.routers import uniform
 
-        rank = self.options.rank or max(16, width // 8)
+        rank = self.options.rank or min(512, max(16, width // 4))  # 512 of 2048 for Gemma
         return uniform(rank, width, generator), uniform(experts, rank, generator)
 
     def _enforce(
@@ -211,33 +212,33 @@ class D2dmoe(Method):
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """`threshold.<block>` whose density on calibration text is the target, and what the manifest says about it."""
         from .shared.search import bisect
-        from .shared.selection import expert_usage, mean_density, warnings
+        from .shared.selection import expert_usage, mean_density, set_thresholds, thresholds, warnings
 
         options, tried = self.options, 0
         with sparsify(model, self.artifact(model, density, tensors, {})) as handle:
-            layers = handle.layers()
 
-            def usage(taus: list[float]) -> dict[int, Tensor]:
-                for layer, tau in zip(layers, taus if len(taus) > 1 else taus * len(layers), strict=True):
-                    layer.selector.threshold.fill_(tau)
-                return expert_usage(handle, windows)
-
-            def densities(taus: list[float]) -> list[float]:
+            def measure(tau: float) -> float:
                 nonlocal tried
                 tried += 1
                 progress(f"d2dmoe tau for density {density:.2f}", tried, options.trials)
-                found = usage(taus)
-                return [mean_density(found)] if len(taus) == 1 else [float(found[n.layer].mean()) for n in layers]
+                fill(tau)
+                return mean_density(expert_usage(handle, windows))
 
-            count = len(layers) if options.scope == "layer" else 1
-            taus = [1.0] * count
-            if options.rule == "dynamic":
-                taus = bisect(density, densities, count, options.tolerance, options.trials)
-            found = usage(taus)
-            thresholds = {f"threshold.{layer.layer}": layer.selector.threshold.cpu() for layer in layers}
-        reached = mean_density(found)
-        told = {"tau": taus if count > 1 else taus[0], "density": round(reached, 4), "warnings": warnings(found)}
-        return thresholds, told | {"target_reached": abs(reached - density) <= options.tolerance}
+            def fill(tau: float) -> None:
+                for layer in handle.layers():
+                    layer.selector.threshold.fill_(tau)
+
+            if options.rule == "dynamic" and options.scope == "layer":
+                set_thresholds(handle, windows, density)
+            elif options.rule == "dynamic":
+                fill(bisect(density, measure, options.tolerance, options.trials))
+            usage, found = expert_usage(handle, windows), thresholds(handle)
+        reached = mean_density(usage)
+        told: dict[str, Any] = {"density": round(reached, 4)}
+        if options.rule == "dynamic":
+            told["tau"] = [round(float(tau), 6) for tau in found.values()]
+        told |= {"warnings": warnings(usage), "target_reached": abs(reached - density) <= options.tolerance}
+        return found, told
 
 
 def _given(density: float | None) -> float:

@@ -96,7 +96,7 @@ class Lte(Method):
         import torch
 
         from .families import blocks
-        from .shared.selection import threshold_quantiles
+        from .shared.selection import set_thresholds, thresholds
 
         if density is None:
             raise UsageError("lte needs a target density: add --density 0.5.")
@@ -107,7 +107,8 @@ class Lte(Method):
             router = torch.randn(width // self.options.expert_size, hidden, generator=generator) * hidden**-0.5
             tensors[f"router.{block.index}"] = router.to(torch.bfloat16)
         with sparsify(model, self.artifact(model, density, tensors, {})) as handle:
-            tensors |= threshold_quantiles(handle, tokens, density)
+            set_thresholds(handle, tokens, density)
+            tensors |= thresholds(handle)
         return self.artifact(model, density, tensors, {"synthetic": True})
 
     def attach(self, attachment: Attachment) -> None:

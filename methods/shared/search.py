@@ -1,4 +1,4 @@
-"""Finds the strength of a penalty, or the thresholds, that give a target density."""
+"""Finds the strength of a penalty, or the threshold, that gives a target density."""
 
 from __future__ import annotations
 
@@ -35,24 +35,18 @@ def search(
     return min(known, key=lambda s: abs(known[s] - density))
 
 
-def bisect(
-    density: float, measure: Callable[[list[float]], list[float]], count: int, tolerance: float, trials: int
-) -> list[float]:
-    """Thresholds in [0, 1], `count` at once, whose densities are all within `tolerance` of the target.
+def bisect(density: float, measure: Callable[[float], float], tolerance: float, trials: int) -> float:
+    """A threshold in (0, 1) whose density is within `tolerance` of the target, or the nearest of `trials` tried.
 
-    measure: densities for thresholds; a larger threshold gives a smaller density, and the others' thresholds should
-    matter little. Stops after `trials` measurements with those that were nearest.
+    measure: the density of a threshold; a larger threshold gives a smaller density.
     """
-    low, high = [0.0] * count, [1.0] * count
-    best, error = low, math.inf
+    low, high, best, error = 0.0, 1.0, 1.0, math.inf
     for _ in range(trials):
-        middle = [(a + b) / 2 for a, b in zip(low, high, strict=True)]
+        middle = (low + high) / 2
         found = measure(middle)
-        worst = max(abs(d - density) for d in found)
-        if worst < error:
-            best, error = middle, worst
+        if abs(found - density) < error:
+            best, error = middle, abs(found - density)
         if error <= tolerance:
             break
-        low = [m if d > density else a for a, m, d in zip(low, middle, found, strict=True)]
-        high = [b if d > density else m for b, m, d in zip(high, middle, found, strict=True)]
+        low, high = (middle, high) if found > density else (low, middle)
     return best

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels.layers import ExpertFFN
-from sparse_kernels.selectors import Router
-
-from .calibration import ffn_inputs
+from sparse_kernels.selectors import Selector
 
 if TYPE_CHECKING:
     from ..base import SparseModel
@@ -68,18 +66,42 @@ def warnings(usage: dict[int, Tensor]) -> list[str]:
     return found
 
 
-@torch.no_grad()
-def threshold_quantiles(handle: SparseModel, tokens: Tensor, density: float) -> dict[str, Tensor]:
-    """`threshold.<block>` float32 [1] at which each router of an attached model selects this share of its experts.
+def threshold_for(selector: Selector, score: Tensor, density: float) -> Tensor:
+    """float32 [1]: the threshold above which this share of scores [tokens, experts] is; relative, if the rule is.
 
-    For random weights: the thresholds of real routers are trained or searched.
+    A relative one is never 0: at 0, experts whose score is 0 would run.
     """
-    found = {}
-    for layer, x in ffn_inputs(handle, tokens, "thresholds"):
-        assert isinstance(layer.selector, Router)
-        score = layer.selector.score(x)
-        if layer.selector.rule == "relative":
-            score = score / score.amax(-1, keepdim=True).clamp(min=1e-12)
-        sample = score.flatten()[torch.randint(score.numel(), (100_000,), device=score.device)]
-        found[f"threshold.{layer.layer}"] = sample.quantile(1 - density).reshape(1).cpu()
-    return found
+    if selector.rule == "relative":
+        score = score / score.amax(-1, keepdim=True).clamp(min=1e-12)
+    flat = score.flatten()
+    sample = flat[:: 1 + len(flat) // 1_000_000]
+    found = sample.quantile(1 - density).reshape(1)
+    return found.clamp(min=1e-9) if selector.rule == "relative" else found
+
+
+@torch.no_grad()
+def set_thresholds(handle: SparseModel, windows: Tensor, density: float) -> None:
+    """Gives every layer the threshold at which it has this density on the second half of up to 16 windows.
+
+    In one pass: a layer's threshold is set before it computes, on inputs that the layers before it made with theirs.
+    """
+    windows = windows[:WINDOWS].to(next(handle.model.parameters()).device)
+    late = torch.arange(windows.shape[1], device=windows.device) >= windows.shape[1] // 2
+
+    def decide(module: Selector, args: tuple[Tensor, Tensor]) -> None:
+        score = module.scores(*args)
+        score = score.reshape(-1, len(late), score.shape[-1])[:, late].flatten(0, 1)
+        module.threshold.copy_(threshold_for(module, score, density))
+
+    hooks = [layer.selector.register_forward_pre_hook(decide) for layer in handle.layers()]
+    try:
+        with handle.positions(late.expand(len(windows), -1)):
+            handle.model(input_ids=windows, use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def thresholds(handle: SparseModel) -> dict[str, Tensor]:
+    """`threshold.<block>` float32 [1] as they are now."""
+    return {f"threshold.{layer.layer}": layer.selector.threshold.cpu().clone() for layer in handle.layers()}

@@ -153,6 +153,27 @@ def test_a_failing_method_leaves_the_others_alone(model: str, tmp_path: Path, mo
     assert [r["status"] for r in store.load(tmp_path)].count("ok") == 4
 
 
+def test_controls_have_no_latency_and_collapsed_routers_are_told(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    methods = (
+        "moefication:expert_size=8:windows=16:selector=oracle,"
+        "moefication:expert_size=8:windows=16:epochs=1,dense-finetuned:steps=1:batch=2"
+    )
+    arguments = ["run", "--model", model, "--methods", methods, "--tasks", "none", "--limit", "8", "--batch", "2"]
+    assert cli.main([*arguments, "--density", "0.125", "--out", str(tmp_path)]) == 0
+    records = store.load(tmp_path)
+    assert {r["status"] for r in records} == {"ok"} and len(records) == 5
+    (oracle,) = [r for r in records if r["cell"]["options"].get("selector") == "oracle"]
+    assert "median" not in oracle["latency"] and "speedup" not in oracle["latency"]
+    assert oracle["density"]["union"] >= oracle["density"]["model"] and oracle["fidelity"]["perplexity"] > 1
+    (tuned,) = [r for r in records if r["cell"]["method"] == "dense-finetuned"]
+    assert tuned["density"] is None and tuned["cost"]["decode"]["flops"] == tuned["cost"]["decode"]["flops_dense"]
+    warned = [text for r in records for text in r["artifact"]["manifest"].get("warnings") or ()]
+    page, said = (tmp_path / "LEADERBOARD.md").read_text(), capsys.readouterr()
+    assert all(text in page for text in warned) and (not warned or warned[0][:20] in said.err + said.out)
+
+
 def test_a_width_that_experts_do_not_divide(tmp_path: Path, model: str) -> None:
     import shutil
 
