@@ -37,16 +37,17 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class D2dmoeOptions:
-    """penalty: hoyer (square Hoyer) or l1; weight: of the penalty; ramp: how it grows, linear_warmup (over the first
-    half), linear or constant; activation: relu (takes the place of the model's) or own (kept, and its inputs pushed
-    below -10); steps, batch, lr: fine-tuning (0 steps: none, the model as it is; lr 0: as for lte); expert_size:
-    neurons per expert; rank: of the routers (0: hidden size / 4, at most 512); windows: training windows that routers
-    learn from; epochs: passes over them; rule: dynamic (the paper's) or top-k (its ablation, k fixed); scope: one tau
-    for the model (the paper's) or one for each layer, all layers equally dense; selector: router, or the control oracle
-    (true norms, never timed or ranked); tolerance: accepted distance to the target density; trials: values of tau."""
+    """penalty: hoyer (square Hoyer) or l1; weight: of the penalty as a share of the neurons, so that it serves all
+    widths (1e-3 for Gemma's 16384 in the paper); ramp: how it grows, linear_warmup (over the first half), linear or
+    constant; activation: relu (takes the place of the model's) or own (kept, and its inputs pushed below -10); steps,
+    batch, lr: fine-tuning (0 steps: none, the model as it is; lr 0: as for lte); expert_size: neurons per expert; rank:
+    of the routers (0: hidden size / 4, at most 512); windows: training windows that routers learn from; epochs: passes
+    over them; rule: dynamic (the paper's) or top-k (its ablation, k fixed); scope: one tau for the model (the paper's)
+    or one for each layer, all layers equally dense; selector: router, or the control oracle (true norms, never timed or
+    ranked); tolerance: accepted distance to the target density; trials: values of tau."""
 
     penalty: str = "hoyer"
-    weight: float = 1e-3
+    weight: float = 16.0
     ramp: str = "linear_warmup"
     activation: str = "relu"
     steps: int = 400

@@ -28,7 +28,7 @@ def penalty(a: Tensor, kind: str) -> Tensor:
 
 
 def sparse_loss(student: Student, kind: str, weight: float, ramp: str, relu: bool) -> Callable[[Tensor, float], Tensor]:
-    """task + weight * ramp * penalty, the mean over tokens and FFNs, of what the gate (else up) activates.
+    """task + weight * ramp * penalty / neurons, mean over tokens and FFNs, of what the gate (else up) activates.
 
     With relu that is the activation itself; else how far its input is above the floor.
     """
@@ -36,7 +36,7 @@ def sparse_loss(student: Student, kind: str, weight: float, ramp: str, relu: boo
 
     def listen(module: nn.Module, args: Any, z: Tensor) -> None:
         a = z.float().relu() if relu else z.float().clamp(min=FLOOR) - FLOOR
-        found.append(penalty(a, kind).mean())
+        found.append(penalty(a, kind).mean() / a.shape[-1])
 
     for layer in student.layers():
         (layer.up if layer.gate is None else layer.gate).register_forward_hook(listen)

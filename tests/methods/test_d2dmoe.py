@@ -58,7 +58,7 @@ def test_ramps_end_at_the_full_weight() -> None:
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
-@pytest.mark.parametrize("kind, weight", [("hoyer", 0.1), ("l1", 0.5)])
+@pytest.mark.parametrize("kind, weight", [("hoyer", 13), ("l1", 64)])
 def test_the_penalty_makes_activations_sparser(make: Any, kind: str, weight: float) -> None:
     model, shares = make(), []
     for w in (0.0, weight):
@@ -75,7 +75,7 @@ def test_the_kept_activation_is_pushed_down_from_its_input() -> None:
     penalty(a, "l1").sum().backward()
     assert z.grad is not None and z.grad.tolist() == [[0.0, 1.0, 1.0]]
     model = llama(hidden_act="gelu")
-    with sparsify(model, prepare(model, f"{QUICK}:activation=own:penalty=l1:weight=1e-4"), "all") as handle:
+    with sparsify(model, prepare(model, f"{QUICK}:activation=own:penalty=l1:weight=0.01"), "all") as handle:
         assert handle.layers()[0].activation == "gelu"
 
 
@@ -194,7 +194,7 @@ def test_interrupted_fine_tuning_goes_on_where_it_stopped(tmp_path: Path, monkey
     from methods.shared import student, training
 
     given = Data(data().calibration, data().train, data().corpus, str(tmp_path))
-    spec = "d2dmoe:expert_size=8:steps=6:batch=2:windows=16:epochs=3:weight=0.1"
+    spec = "d2dmoe:expert_size=8:steps=6:batch=2:windows=16:epochs=3:weight=13"
     straight = prepare(opt(), spec)
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     whole = student.Student.task_loss
