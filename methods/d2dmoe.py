@@ -38,7 +38,7 @@ CHOICES = {
 @dataclass(frozen=True)
 class D2dmoeOptions:
     """penalty: hoyer (square Hoyer) or l1; weight: of the penalty as a share of the neurons, so that it serves all
-    widths (1e-3 for Gemma's 16384 in the paper); ramp: how it grows, linear_warmup (over the first half), linear or
+    widths (16 is 1e-3 at Gemma's 16384); ramp: how it grows, linear_warmup (over the first half), linear or
     constant; activation: relu (takes the place of the model's) or own (kept, and its inputs pushed below -10); steps,
     batch, lr: fine-tuning (0 steps: none, the model as it is; lr 0: as for lte); expert_size: neurons per expert; rank:
     of the routers (0: hidden size / 4, at most 512); windows: training windows that routers learn from; epochs: passes
