@@ -38,13 +38,13 @@ CHOICES = {
 @dataclass(frozen=True)
 class D2dmoeOptions:
     """penalty: hoyer (square Hoyer) or l1; weight: of the penalty as a share of the neurons, so that it serves all
-    widths (16 is 1e-3 at Gemma's 16384); ramp: how it grows, linear_warmup (over the first half), linear or
-    constant; activation: relu (takes the place of the model's) or own (kept, and its inputs pushed below -10); steps,
-    batch, lr: fine-tuning (0 steps: none, the model as it is; lr 0: as for lte); expert_size: neurons per expert; rank:
-    of the routers (0: hidden size / 4, at most 512); windows: training windows that routers learn from; epochs: passes
-    over them; rule: dynamic (the paper's) or top-k (its ablation, k fixed); scope: one tau for the model (the paper's)
-    or one for each layer, all layers equally dense; selector: router, or the control oracle (true norms, never timed or
-    ranked); tolerance: accepted distance to the target density; trials: values of tau."""
+    widths (16 is 1e-3 at Gemma's 16384); ramp: how it grows, linear_warmup (over the first half), linear or constant;
+    activation: relu (takes the place of the model's) or own (kept, and its inputs pushed below -10); steps, batch, lr:
+    fine-tuning (0 steps: none, the model as it is; lr 0: 1e-4 at width 2048, scaled); expert_size: neurons per expert;
+    rank: of the routers (0: hidden size / 4, at most 512); windows: training windows that routers learn from; epochs:
+    passes over them; rule: dynamic (the paper's) or top-k (its ablation, k fixed); scope: one tau for the model (the
+    paper's) or one for each layer, all layers equally dense; selector: router, or the control oracle (true norms, never
+    timed or ranked); tolerance: accepted distance to the target density; trials: values of tau."""
 
     penalty: str = "hoyer"
     weight: float = 16.0
@@ -175,10 +175,10 @@ class D2dmoe(Method):
             return {}, {}
         from .families import activation_of
         from .shared.penalties import sparse_loss
-        from .shared.student import Student, Tuning, checkpoint_file, dense_ffn, learning_rate
+        from .shared.student import D2DMOE_RATE, Student, Tuning, checkpoint_file, dense_ffn, learning_rate
 
         options, relu = self.options, self.options.activation == "relu"
-        rate = learning_rate(model, options.lr)
+        rate = learning_rate(model, options.lr, D2DMOE_RATE)
         tuning = Tuning(data.train(options.steps * options.batch), options.batch, rate, data.seed, progress)
         student = Student(model, tuning, None, dense_ffn("relu" if relu else activation_of(model.config)))
         loss = sparse_loss(student, options.penalty, options.weight, options.ramp, relu)

@@ -42,10 +42,10 @@ class DenseFinetuned(Method):
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:
-        from .shared.student import Student, Tuning, checkpoint_file, learning_rate
+        from .shared.student import LTE_RATE, Student, Tuning, checkpoint_file, learning_rate
 
         start, steps, batch = perf_counter(), self.options.steps, self.options.batch
-        rate = learning_rate(model, self.options.lr)
+        rate = learning_rate(model, self.options.lr, LTE_RATE)
         student = Student(model, Tuning(data.train(steps * batch), batch, rate, data.seed, progress))
         place = checkpoint_file(data, self, model, "dense")
         losses = student.train(lambda ids, done: student.task_loss(ids), steps, "dense fine-tuning", place)

@@ -134,12 +134,12 @@ class _Trainer:
     def __init__(self, method: Lte, model: PreTrainedModel, data: Data, progress: Progress) -> None:
         from .families import blocks
         from .shared.clustering import balanced_kmeans, expert_permutation
-        from .shared.student import Tuning, learning_rate
+        from .shared.student import LTE_RATE, Tuning, learning_rate
 
         start, options = perf_counter(), method.options
         self.method, self.options, self.model, self.data = method, options, model, data
         windows = data.train(options.batch * max(options.stage1_steps, options.stage2_steps))
-        self.tuning = Tuning(windows, options.batch, learning_rate(model, options.lr), data.seed, progress)
+        self.tuning = Tuning(windows, options.batch, learning_rate(model, options.lr, LTE_RATE), data.seed, progress)
         self.trained: dict[float, dict[str, Tensor]] = {}
         self.density: dict[float, float] = {}
         self.permutations = {}

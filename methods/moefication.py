@@ -37,7 +37,7 @@ class MoeficationOptions:
     variant: relu (the paper's, needs a ReLU model), relufied (ReLU put in place by `relu_steps` steps of fine-tuning),
     mean (G-MoEfication: a skipped neuron counts with its mean), direct (nothing done about the activation), auto
     (relu where the model has it, else mean); expert_size: neurons per expert; windows: training windows that routers
-    learn from; epochs: passes over them; relu_steps, batch, lr: fine-tuning of relufied (lr 0: as for lte)."""
+    learn from; epochs: passes over them; relu_steps, batch, lr: fine-tuning of relufied (lr 0: as for d2dmoe)."""
 
     split: str = "kmeans"
     selector: str = "mlp"
@@ -179,10 +179,10 @@ class Moefication(Method):
         """Weight differences of the fine-tuned model with ReLU, in the model's own order of neurons."""
         if self._variant(model.config) != "relufied":
             return {}, {}
-        from .shared.student import Student, Tuning, checkpoint_file, dense_ffn, learning_rate
+        from .shared.student import D2DMOE_RATE, Student, Tuning, checkpoint_file, dense_ffn, learning_rate
 
         steps, batch = self.options.relu_steps, self.options.batch
-        rate = learning_rate(model, self.options.lr)
+        rate = learning_rate(model, self.options.lr, D2DMOE_RATE)
         tuning = Tuning(data.train(steps * batch), batch, rate, data.seed, progress)
         student = Student(model, tuning, None, dense_ffn("relu"))
         free = ("split", "selector", "expert_size", "windows", "epochs")

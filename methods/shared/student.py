@@ -41,10 +41,15 @@ class Tuning:
         return steps * self.batch * self.windows.shape[1]
 
 
-def learning_rate(model: PreTrainedModel, given: float = 0.0) -> float:
-    """The given rate, or LTE's 1.5e-5 for 4096-wide models, scaled by 4096 / hidden size."""
+LTE_RATE = (1.5e-5, 4096)  # a published rate and the width of its model
+D2DMOE_RATE = (1e-4, 2048)  # Gemma's, of ReLU-fication too
+
+
+def learning_rate(model: PreTrainedModel, given: float, published: tuple[float, int]) -> float:
+    """The given rate, or a published one scaled to this model's width."""
     hidden: int = model.config.hidden_size  # type: ignore[assignment]
-    return given or 1.5e-5 * 4096 / hidden
+    rate, width = published
+    return given or rate * width / hidden
 
 
 def checkpoint_file(
