@@ -153,7 +153,8 @@ class SparseLinear(SparseLayer):
 class ExpertFFN(SparseLayer):
     """FFN over experts of `size` contiguous neurons, each computed where the selector says so, with no scaling.
 
-    Source: LTE (arXiv 2402.06126), eq. 2: FFN(x) = sum over the selected i of E_i(x). x: [..., d]; gate is None for an
+    Source: LTE (arXiv 2402.06126), eq. 2: FFN(x) = sum over the selected i of E_i(x); with size 1 the selector chooses
+    single neurons, as in Deja Vu (arXiv 2310.17157). x: [..., d]; gate is None for an
     ungated FFN; `down.bias` is added once, whatever is active. selector: None for a dense FFN. mean: [neurons], the
     value of a neuron that is not computed, instead of 0 (G-MoEfication). Raises ValueError where sizes do not fit.
     """

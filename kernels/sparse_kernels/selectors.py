@@ -1,10 +1,12 @@
-"""Selectors: modules that say, from a token's hidden state, which experts of an FFN run for it.
+"""Selectors: modules that say, from a token's hidden state, which experts (or single neurons) of an FFN run for it.
 
 A selector is a score for every expert and a rule on the scores:
 
 - "threshold": score > threshold (LTE, arXiv 2402.06126, eq. 2);
 - "relative": score >= threshold * the token's best score (D2DMoE, arXiv 2310.04361, dynamic k);
-- "top-k": the k best, of equal ones the first (MoEfication, arXiv 2110.01786).
+- "top-k": the k best, of equal ones the first (MoEfication, arXiv 2110.01786);
+- "statistical": score >= mean + threshold * standard deviation of the token's scores, with `gaussian_multiplier(k /
+  units)` as threshold about the k best (Spark Transformer, arXiv 2506.06644).
 """
 
 from __future__ import annotations
@@ -15,15 +17,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import linear_router, low_rank_predictor, router_scores, to_mask, top_k, union_lists
+from . import linear_router, low_rank_predictor, router_scores, statistical_top_k, to_mask, top_k, union_lists
 from .selection import naive
 
-RULES = ("threshold", "relative", "top-k")
+RULES = ("threshold", "relative", "top-k", "statistical")
 Selected = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class Selector(nn.Module, ABC):
-    """units: experts to choose from; threshold: float32 [1], of the first two rules; k: of the third.
+    """units: experts to choose from; threshold: float32 [1], of every rule but top-k, which has k.
 
     fast: whether `select` exists; overhead: parameters that scoring reads. Raises ValueError for an unknown rule.
     """
@@ -38,6 +40,7 @@ class Selector(nn.Module, ABC):
             raise ValueError(f"rule must be one of {RULES} and k 1 to {units}, got {rule!r} and {k}")
         self.units, self.rule, self.k = units, rule, k
         value = torch.as_tensor(threshold, dtype=torch.float32).detach().reshape(1)
+        self.multiplier = float(value) if rule == "statistical" else 0.0  # read once: later the host must not wait
         self.register_buffer("threshold", value.clone())
         self.register_buffer("everything", torch.full((1,), -torch.inf))
 
@@ -59,6 +62,8 @@ class Selector(nn.Module, ABC):
             return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, best, True)
         if self.rule == "relative":
             return score >= self.threshold * score.amax(-1, keepdim=True)
+        if self.rule == "statistical":
+            return score >= naive.statistical_threshold(score, self.multiplier)
         return score > self.threshold
 
     def select(self, rows: Tensor) -> Selected:
@@ -109,9 +114,14 @@ class Router(Selector):
 
     def select(self, rows: Tensor) -> Selected:
         if self.rule == "top-k":
-            score, index, count = self._best(rows)
+            score = self._scores(rows)
+            index, count = top_k(score, self.k)
             score = score.masked_fill(~to_mask(index, count, self.units), -torch.inf)
             return score, self.everything, *union_lists(index, count, self.units)
+        if self.rule == "statistical":
+            score = self._scores(rows)
+            _, limit, index, count = statistical_top_k(score, self.multiplier, soft=False)
+            return score.masked_fill(score < limit[:, None], -torch.inf), self.everything, index, count
         relative = self.rule == "relative"
         limit = self.everything if relative else self.threshold  # `relative` comes back with -inf where not selected
         if len(self.layers) == 2:
@@ -125,12 +135,12 @@ class Router(Selector):
             score, index, count = linear_router(rows, a, self.bias, self.threshold, self.activation, relative)
         return score, limit, index, count
 
-    def _best(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _scores(self, rows: Tensor) -> Tensor:
+        """`score` by the operators: float32 [B, units]."""
+        normalize = self.normalize
         if len(self.layers) == 2:
-            a, b = self.layers
-            return low_rank_predictor(rows, a, b, None, self.k, self.hidden, self.activation, self.normalize)
-        score = router_scores(rows, self.layers[0], self.bias, self.activation, self.normalize)
-        return score, *top_k(score, self.k)
+            rows, normalize = router_scores(rows, self.layers[0], None, self.hidden, normalize, narrow=True), False
+        return router_scores(rows, self.layers[-1], self.bias, self.activation, normalize)
 
 
 class Oracle(Selector):

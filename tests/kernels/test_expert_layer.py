@@ -6,36 +6,49 @@ import pytest
 import torch
 from torch import nn
 
+from sparse_kernels import gaussian_multiplier
 from sparse_kernels.layers import ExpertFFN, Meter, Phase
 from sparse_kernels.selectors import Oracle, Router
 
 WIDTH, UNITS, SIZE = 40, 6, 16
 
 
-def router(kind: str, device: str = "cpu") -> Router:
+def router(kind: str, device: str = "cpu", units: int = UNITS) -> Router:
     torch.manual_seed(1)
-    one, a, b = (torch.randn(*s, device=device) for s in ((UNITS, WIDTH), (16, WIDTH), (UNITS, 16)))
+    one, a, b = (torch.randn(*s, device=device) for s in ((units, WIDTH), (16, WIDTH), (units, 16)))
     return {
         "lte": lambda: Router((one,), "threshold", 0.3),
         "two-layers": lambda: Router((a, b), "threshold", 0.3),
         "d2dmoe": lambda: Router((a, b), "relative", 0.4, hidden="relu", activation="abs"),
         "linear-relative": lambda: Router((one,), "relative", 0.4, activation="abs"),
         "moefication": lambda: Router((a, b), "top-k", k=2, hidden="tanh", normalize=True),
-        "similarity": lambda: Router((one,), "top-k", k=3, bias=torch.randn(UNITS, device=device), normalize=True),
+        "similarity": lambda: Router((one,), "top-k", k=3, bias=torch.randn(units, device=device), normalize=True),
+        "statistical": lambda: Router((one,), "statistical", 0.3),
+        "two-statistical": lambda: Router((a, b), "statistical", 0.3, hidden="relu"),
     }[kind]()
 
 
-KINDS = ("lte", "two-layers", "d2dmoe", "linear-relative", "moefication", "similarity")
+KINDS = (
+    "lte",
+    "two-layers",
+    "d2dmoe",
+    "linear-relative",
+    "moefication",
+    "similarity",
+    "statistical",
+    "two-statistical",
+)
 
 
-def ffn(selector, gated=True, mean=None, device="cpu", active=True) -> ExpertFFN:
+def ffn(selector, gated=True, mean=None, device="cpu", active=True, activation=None) -> ExpertFFN:
     torch.manual_seed(0)
     phase = Phase()
     phase.active = active
     neurons = UNITS * SIZE
     gate = nn.Linear(WIDTH, neurons, bias=not gated, device=device) if gated else None
     up, down = nn.Linear(WIDTH, neurons, device=device), nn.Linear(neurons, WIDTH, device=device)
-    layer = ExpertFFN(gate, up, down, "silu" if gated else "relu", SIZE, selector, 0, phase, Meter(), mean)
+    activation, size = activation or ("silu" if gated else "relu"), neurons // selector.units
+    layer = ExpertFFN(gate, up, down, activation, size, selector, 0, phase, Meter(), mean)
     return layer.requires_grad_(False)
 
 
@@ -51,6 +64,37 @@ def test_the_kernels_compute_what_the_masks_do(device, kind, rows, gated, compen
     found = layer._skip(x, selector)
     assert torch.allclose(found, expected, atol=1e-5)
     assert int(layer.count) == int(selector(x, layer.hidden(x)).any(0).sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rows, gated, activation", [(1, True, "silu"), (1, False, "relu"), (17, True, "gelu_tanh")])
+def test_experts_may_be_single_neurons(device, kind, rows, gated, activation):
+    torch.manual_seed(2)
+    selector = router(kind, device, UNITS * SIZE)
+    layer, x = ffn(selector, gated, device=device, activation=activation), torch.randn(rows, WIDTH, device=device)
+    expected = layer(x) if device == "cpu" else _reference(layer, x)
+    assert torch.allclose(layer._skip(x, selector), expected, atol=1e-5)
+    keep = selector(x, layer.hidden(x))
+    assert 0 < int(layer.count) == int(keep.any(0).sum()) and int(keep.sum(1).min()) < layer.units
+    h = layer.hidden(x).squeeze(-1)
+    assert torch.allclose(expected, layer.down(torch.where(keep, h, 0)), atol=1e-5)
+
+
+def test_statistical_selection():
+    """About the share asked for of normal scores, whatever their scale; everything or nothing at the ends."""
+    torch.manual_seed(7)
+    weight, x = torch.randn(4000, WIDTH), torch.randn(20, WIDTH)
+    for share in (0.08, 0.5):
+        selector = Router((weight,), "statistical", gaussian_multiplier(share))
+        keep = selector(x, torch.empty(0))
+        assert abs(float(keep.float().mean()) - share) < 0.01
+        assert torch.equal(keep, selector(4 * x, torch.empty(0)))  # a power of two scales without rounding
+        best = selector.score(x).masked_fill(~keep, torch.inf).amin(1) > selector.score(x).masked_fill(keep, -1e9).amax(
+            1
+        )
+        assert best.all()
+    for share in (0.0, 1.0):
+        assert (Router((weight,), "statistical", gaussian_multiplier(share))(x, torch.empty(0)) == bool(share)).all()
 
 
 def _reference(layer: ExpertFFN, x: torch.Tensor) -> torch.Tensor:

@@ -60,15 +60,18 @@ def top_k(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best.sort(1).values.int(), count
 
 
+def statistical_threshold(score: Tensor, multiplier: float) -> Tensor:
+    """mean + multiplier * std over the last dimension of score [..., K]: float32 [..., 1]."""
+    std, mean = torch.std_mean(wide(score), -1, correction=0, keepdim=True)
+    return mean + std * multiplier if math.isfinite(multiplier) else torch.full_like(mean, multiplier)
+
+
 def statistical_top_k(score: Tensor, multiplier: float, soft: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What of score [B, K] is above mean + multiplier * std of its row: (value, threshold [B], index, count)."""
-    v = wide(score)
-    std, mean = torch.std_mean(v, 1, correction=0)
-    threshold = mean + std * multiplier if math.isfinite(multiplier) else torch.full_like(mean, multiplier)
-    limit = threshold[:, None]
+    v, limit = wide(score), statistical_threshold(score, multiplier)
     keep = v > limit if soft else v >= limit
     kept = torch.where(limit == -float("inf"), v, v - limit) if soft else v
-    return torch.where(keep, kept, 0).to(score.dtype), threshold.float(), *union(keep)
+    return torch.where(keep, kept, 0).to(score.dtype), limit[:, 0].float(), *union(keep)
 
 
 def scores(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, normalize: bool, narrow: bool) -> Tensor:

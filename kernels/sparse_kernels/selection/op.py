@@ -169,16 +169,21 @@ def require_layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: st
 
 
 def router_scores(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "identity", normalize: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str = "identity",
+    normalize: bool = False,
+    narrow: bool = False,
 ) -> Tensor:
-    """Scores of experts, float32 [B, E]: act(weight x + bias).
+    """Scores of experts, float32 [B, E], or in x's dtype if narrow: act(weight x + bias).
 
     x: [B, d], 1 <= B <= 64, contiguous rows, float32, float16 or bfloat16. weight: [E, d], E <= 65536, contiguous
     rows. bias: [E] or None. activation: one of RESPONSES. normalize: divide x by its Euclidean norm first.
     Raises ValueError outside this domain.
     """
     require_layer(x, weight, bias, activation)
-    return torch.ops.sparse_kernels.router_scores(x, weight, bias, activation, normalize, False)
+    return torch.ops.sparse_kernels.router_scores(x, weight, bias, activation, normalize, narrow)
 
 
 def linear_router(
@@ -230,8 +235,7 @@ def low_rank_predictor(
     (arXiv 2110.01786): normalize, hidden="tanh"; D2DMoE (arXiv 2310.04361): hidden="relu", activation="abs", relative.
     """
     require((threshold is None) != (k is None), "Give either threshold or k.")
-    require_layer(x, a, None, hidden)
-    rank = torch.ops.sparse_kernels.router_scores(x, a, None, hidden, normalize, True)
+    rank = router_scores(x, a, None, hidden, normalize, narrow=True)
     if threshold is not None:
         return linear_router(rank, b, None, threshold, activation, relative)
     assert k is not None
