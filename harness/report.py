@@ -1,4 +1,4 @@
-"""`python -m harness report`: the leaderboard and the plots, rebuilt from the records alone."""
+"""`python -m harness report`: leaderboards, claims ledger and plots, rebuilt from the records alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from methods.errors import UsageError
 
-from . import machine, store
+from . import board, claims, machine, store
 from .rows import BUDGETS, Group, group
 from .store import Record
 from .tables import (
@@ -53,16 +53,18 @@ HOW_TO_READ = f"""\
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", default="results/local", help="folder of the records (default: results/local)")
-    parser.add_argument("--readme", metavar="FILE", help="also put a short table between the leaderboard marks of FILE")
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a text is out of date")
+    add = parser.add_argument
+    add("--out", default="results/local", help="folder of records, or of such folders (default: results/local)")
+    add("--readme", metavar="FILE", help="also put a short table between the leaderboard marks of FILE")
+    add("--check", action="store_true", help="change nothing; exit 1 if a text is out of date")
 
 
 def main(args: argparse.Namespace) -> int:
     if args.check:
         return check(args.out, args.readme)
     files = build(args.out, args.readme)
-    show(args.out)
+    if not board.is_collection(args.out):
+        show(args.out)
     print("\n".join(f"wrote {path}" for path in files))
     return 0
 
@@ -70,27 +72,29 @@ def main(args: argparse.Namespace) -> int:
 def build(out: str | Path, readme: str | Path | None = None) -> list[Path]:
     """Writes LEADERBOARD.md, the table of `readme` and, where there is something to draw, pareto.png and .svg.
 
-    Returns the files. Raises UsageError when there are no records or they cannot be read, and when `readme` has no
-    place for a table.
+    Of a folder of result sets it writes the claims ledger. Returns the files. Raises UsageError when there are no
+    records or they cannot be read, when nothing can be written, and when `readme` has no place for a table.
     """
     from .plots import pareto
 
-    groups, folder = _groups(out), store.ensure_writable(out)
-    texts = _texts(groups, folder, readme)
-    for place, text in texts.items():
-        place.write_text(text, encoding="utf-8")
-    return [*texts, *pareto(groups, folder / PLOT)]
+    texts = _texts(out, readme)
+    try:
+        for place, text in texts.items():
+            place.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"'{error.filename}' cannot be written ({error.strerror}): choose another --out.") from None
+    return [*texts, *([] if board.is_collection(out) else pareto(_groups(out), Path(out).expanduser() / PLOT))]
 
 
 def check(out: str | Path, readme: str | Path | None = None) -> int:
     """0 when the generated texts are what the records say and the plots exist, else 1 with the differences."""
     from .plots import panels
 
-    groups, folder = _groups(out), Path(out).expanduser()
-    texts = _texts(groups, folder, readme)
+    texts = _texts(out, readme)
     stale = differences(texts)
-    if any(map(panels, groups)) and not (folder / PLOT).is_file():
-        stale.append(f"{PLOT} is missing")
+    if not board.is_collection(out) and any(map(panels, _groups(out))):
+        if not (Path(out).expanduser() / PLOT).is_file():
+            stale.append(f"{PLOT} is missing")
     if not stale:
         print("\n".join(f"{place} is up to date." for place in texts))
         return 0
@@ -161,8 +165,12 @@ def show(out: str | Path) -> None:
         console.print(f"{record['status']}: {_name(record)}: {_reason(record)}", markup=False)
 
 
-def _texts(groups: Sequence[Group], folder: Path, readme: str | Path | None) -> dict[Path, str]:
+def _texts(out: str | Path, readme: str | Path | None) -> dict[Path, str]:
     """Every generated text by its file."""
+    folder = Path(out).expanduser()
+    if board.is_collection(folder):
+        return {folder / claims.PAGE: claims.page(claims.load(), board.sets(folder))}
+    groups = _groups(out)
     texts = {folder / PAGE: page(groups)}
     if readme is not None:
         place = Path(readme).expanduser()

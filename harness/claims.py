@@ -1,0 +1,212 @@
+"""The claims ledger: what the papers state (`claims.toml`), beside what the records of all result sets say about it."""
+
+from __future__ import annotations
+
+import tomllib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from . import stats, store
+from .rows import Group, Row
+from .tables import NONE, github
+
+PAGE = "CLAIMS.md"
+DATA = Path(__file__).with_name("claims.toml")
+VERDICTS = ("reproduced", "partly", "not reproduced", "not measured")
+HALF = 0.5  # of a claimed gain, from which on it is partly reproduced
+
+HOW_TO_READ = """\
+Generated from `harness/claims.toml` and the records of all result sets by `python -m harness report --out results`; do
+not edit.
+
+- **Measured here** is the cell that supports a claim most: of the claim's method, its models or similar ones, and the
+  stated density, batch and context. Speed-ups are over the fastest dense runner of the same run unless another is
+  named, with their 95 % interval. FLOPs are dense ÷ executed, of a decoded token, lm_head and attention scores
+  included. FLOPs and quality need weights that have an accuracy.
+- **reproduced**: the claimed number is reached on one of the paper's models, and the quality that the claim states was
+  measured and holds. GPUs differ from the papers' in most rows; what differs is always said.
+- **partly**: reached on another model or with random weights, whose quality is unknown; or at least half of the claimed
+  gain is reached.
+- **not reproduced**: measured, and less than that.
+- **not measured**: no record here can support or refute it; the reason is given.
+"""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An entry of `claims.toml`, which says what each field means."""
+
+    method: str
+    paper: str
+    arxiv: str
+    claim: str
+    quantity: str
+    value: float
+    setting: str
+    gpu: Sequence[str] = ()
+    models: Sequence[str] = ()
+    similar: Sequence[str] = ()
+    density: Sequence[float] | None = None
+    ffn_density: Sequence[float] | None = None
+    batch: Sequence[float] | None = None
+    context: Sequence[float] | None = None
+    loss: float | None = None
+    baseline: str | None = None
+    needs: str | None = None
+
+    def measure(self, row: Row) -> stats.Interval | None:
+        """The claim's quantity in a cell; None where the cell does not have it."""
+        if self.quantity == "speed-up":
+            return _speedup(row, self.baseline)
+        if row.record["cell"]["weights"] == "synthetic":
+            return None
+        if self.quantity == "FLOPs":
+            executed, dense = row.decode.get("flops"), row.decode.get("flops_dense")
+            return stats.Interval(dense / executed, dense / executed, dense / executed) if executed and dense else None
+        return stats.Interval(100 - row.loss[0], 100 - row.loss[1], 100 - row.loss[0]) if row.loss else None
+
+    def accepts(self, row: Row) -> bool:
+        """Whether a cell is within the claim's setting, or near enough to it to say something about the claim."""
+        cell = row.record["cell"]
+        ffn = ((row.part("density").get("sites") or {}).get("ffn") or {}).get("mean")
+        ranges = (
+            (self.density, cell["density"]),
+            (self.ffn_density, ffn),
+            (self.batch, cell["batch"]),
+            (self.context, cell["context"]),
+        )
+        within = all(span is None or (x is not None and span[0] <= x <= span[1]) for span, x in ranges)
+        return row.method == self.method and cell["model"] in (*self.models, *self.similar) and within
+
+    def keeps_quality(self, row: Row) -> bool | None:
+        """Whether the loss is within what the claim allows; True where it allows any, None where it is unknown."""
+        if self.loss is None:
+            return True
+        return None if row.loss is None else row.loss[0] <= self.loss
+
+    def gain(self, value: float) -> float:
+        """The reached share of the claimed gain: 0 where nothing is gained over dense, 1 where all of it is."""
+        return float(value >= self.value) if self.quantity == "quality" else (value - 1) / (self.value - 1)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What the records say about a claim: the cell that supports it most, in which result set, and the verdict."""
+
+    claim: Claim
+    verdict: str
+    row: Row | None = None
+    value: stats.Interval | None = None
+    source: str = ""
+    remarks: tuple[str, ...] = ()
+
+
+def load(path: Path = DATA) -> list[Claim]:
+    return [Claim(**entry) for entry in tomllib.loads(path.read_text(encoding="utf-8"))["claim"]]
+
+
+def judge(claim: Claim, sets: Mapping[str, Iterable[Group]]) -> Finding:
+    """The verdict on one claim from the groups of each result set."""
+    measured = [
+        Finding(claim, _verdict(claim, row, value), row, value, name, tuple(_remarks(claim, row)))
+        for name, groups in sets.items()
+        for group in groups
+        for row in group.rows
+        if claim.accepts(row) and (value := claim.measure(row)) is not None
+    ]
+    if measured:
+        return max(measured, key=_support)
+    of_method = any(row.method == claim.method for groups in sets.values() for group in groups for row in group.rows)
+    nothing = "no record of such a cell" if of_method else f"no record of {claim.method}"
+    return Finding(claim, "not measured", remarks=(claim.needs or nothing,))
+
+
+def page(claims: Sequence[Claim], sets: Mapping[str, Iterable[Group]]) -> str:
+    """The ledger as Markdown, the same text for the same records."""
+    findings = [judge(claim, sets) for claim in claims]
+    counts = Counter(found.verdict for found in findings)
+    summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+    parts = ["# Claims", HOW_TO_READ, f"{len(findings)} claims: {summary}."]
+    for (paper, arxiv), group in groupby(findings, lambda found: (found.claim.paper, found.claim.arxiv)):
+        parts.append(f"## {paper} ([arXiv {arxiv}](https://arxiv.org/abs/{arxiv}))")
+        titles = ["claim", "its setting", "measured here", "cell", "what differs or lacks", "verdict"]
+        parts.append(github(titles, [texts(found) for found in group]))
+    return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def texts(found: Finding) -> list[str]:
+    """A line of the ledger."""
+    cell = NONE
+    if found.row:
+        gpu = found.row.record["machine"].get("gpu")
+        place = gpu["name"] if gpu else "CPU"
+        cell = f"{described(found.row)}; {place}, [{found.source}]({found.source}/{store.FILE})"
+    remarks = "; ".join(found.remarks) or NONE
+    return [found.claim.claim, found.claim.setting, measured(found), cell, remarks, f"**{found.verdict}**"]
+
+
+def measured(found: Finding) -> str:
+    """The number with its unit and interval, and the loss where the claim limits it."""
+    if found.row is None or found.value is None:
+        return NONE
+    value, claim = found.value, found.claim
+    if claim.quantity == "quality":
+        return f"{value.estimate:.1f} % (95 % interval from {value.low:.1f} %)"
+    text = f"{value.estimate:.2f}x"
+    if claim.quantity == "speed-up":
+        text += f" [{value.low:.2f}, {value.high:.2f}]" + (f" over {claim.baseline}" if claim.baseline else "")
+    if claim.loss is not None and found.row.loss:
+        text += f", {found.row.loss[0]:.1f} % lost"
+    return text
+
+
+def described(row: Row) -> str:
+    """A cell in words."""
+    cell = row.record["cell"]
+    parts = [row.label, row.options, f"{cell['model']} ({cell['weights']} weights)", cell["mode"]]
+    return ", ".join([*filter(None, parts), f"batch {cell['batch']}", f"context {cell['context']}"])
+
+
+def _verdict(claim: Claim, row: Row, value: stats.Interval) -> str:
+    quality, gain = claim.keeps_quality(row), claim.gain(value.estimate)
+    if quality is False or gain < HALF:
+        return "not reproduced"
+    own = row.record["cell"]["model"] in claim.models
+    return "reproduced" if gain >= 1 and own and quality else "partly"
+
+
+def _remarks(claim: Claim, row: Row) -> Iterable[str]:
+    cell, gpu = row.record["cell"], row.record["machine"].get("gpu")
+    if cell["model"] not in claim.models:
+        yield f"another model ({cell['model']})"
+    if claim.gpu and gpu and not any(name in gpu["name"] for name in claim.gpu):
+        yield "another GPU"
+    quality = claim.keeps_quality(row)
+    if quality is None:
+        yield "random weights: quality unknown" if cell["weights"] == "synthetic" else "quality not measured"
+    if quality is False:
+        yield f"more than {claim.loss:g} % lost"
+
+
+def _support(found: Finding) -> tuple[Any, ...]:
+    """A better verdict first, then the paper's own models, known quality, and the larger number."""
+    assert found.row is not None and found.value is not None
+    own = found.row.record["cell"]["model"] in found.claim.models
+    kept = {True: 2, None: 1, False: 0}[found.claim.keeps_quality(found.row)]
+    return -VERDICTS.index(found.verdict), own, kept, found.value.estimate
+
+
+def _speedup(row: Row, baseline: str | None) -> stats.Interval | None:
+    """Over the fastest dense runner, or over `baseline` from the raw samples; None on a CPU, which skips nothing."""
+    latency = row.part("latency")
+    if row.record["machine"].get("gpu") is None or latency.get("speedup") is None:
+        return None
+    if baseline is None:
+        return stats.Interval(latency["speedup"], *latency["ci"])
+    samples = latency.get("samples") or {}
+    dense, sparse = samples.get(baseline), samples.get(latency.get("runner"))
+    return stats.speedup(dense, sparse) if dense and sparse else None
