@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import GPU, TASKS, record
 
 from harness import cli, store
+from tests.harness.fabricated import GPU, TASKS, record
 
 Capture = pytest.CaptureFixture[str]
 
