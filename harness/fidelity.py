@@ -174,13 +174,16 @@ def teacher_forced(model: PreTrainedModel, handle: SparseModel, text: Tensor, st
     cache = StaticCache(config=model.config, max_cache_len=text.shape[1])
     extra = decode_mask(model, text) | cached(model, cache)
     context = text.shape[1] - 1 - steps
+    places = torch.arange(text.shape[1], device=text.device)[None]  # said, or OPT reads them off its mask
     with handle.positions(handle.mask(1, context, text.device)):
-        model(input_ids=text[:, :context], use_cache=True, logits_to_keep=1, **extra)
+        model(
+            input_ids=text[:, :context], position_ids=places[:, :context], use_cache=True, logits_to_keep=1, **extra
+        )
     logits = []
     with handle.sparse():
         for at in range(context, text.shape[1] - 1):
-            place = torch.full((1, 1), at, device=text.device)
-            out = model(input_ids=text[:, at : at + 1], position_ids=place, use_cache=True, **extra)
+            here = slice(at, at + 1)
+            out = model(input_ids=text[:, here], position_ids=places[:, here], use_cache=True, **extra)
             logits.append(out.logits.float())
     return torch.cat(logits, 1)
 

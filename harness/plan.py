@@ -39,7 +39,7 @@ class Cell:
     """One measurement: a method with all its options at a target density, on a model, in a mode.
 
     `weights`: "real", "reference" or "synthetic". `context`: tokens in the cache when decoding is timed. `limit`: items
-    per task. `not_applicable` says why the method cannot serve this model or mode; it is no part of the key.
+    per task. `timed`: whether latency is measured. `not_applicable` says why the method cannot serve this model or mode; it is no part of the key.
     """
 
     model: str
@@ -56,13 +56,16 @@ class Cell:
     seed: int
     device: str
     dtype: str
+    timed: bool = True
     not_applicable: str | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The cell as the records hold it."""
-        cell = asdict(self)
+        """The cell as the records hold it; `timed` only where it is not the rule."""
+        cell = {**asdict(self), "tasks": list(self.tasks)}
         del cell["not_applicable"]
-        return {**cell, "tasks": list(self.tasks)}
+        if self.timed:
+            del cell["timed"]
+        return cell
 
     def cell_key(self, source: str, machine: str) -> str:
         """The name of this cell's result: same cell, same source, same machine, same key."""
@@ -94,6 +97,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", default="results/local", help="folder of the records (default: results/local)")
     add("--quick", action="store_true", help=f"a first look: {QUICK_LIMIT} items per task")
     add("--limit", type=int, metavar="N", help=f"items per task (default: {LIMIT})")
+    add("--no-latency", action="store_true", help="quality and cost only, so that runs can share a GPU")
     add("--seed", type=int, default=0, help="of every random choice (default: 0)")
     add("--dry-run", action="store_true", help="print the cells and what they would cost, and stop")
     add("--force", action="store_true", help="measure cells again that are done")
@@ -155,6 +159,7 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
                         seed=args.seed,
                         device=device,
                         dtype=dtype,
+                        timed=not args.no_latency,
                         not_applicable=_why_not(method, config, mode, batch),
                     )
                 )

@@ -97,12 +97,14 @@ class Session:
         artifact = self.artifact(cell)
         if not self.synthetic and not self.dense.logprobs and cell.method != "dense":
             self._fill_dense(cell)
-        bench = self._bench_for(cell)
+        bench = self._bench_for(cell) if cell.timed else None
         with sparsify(self.model, artifact, cell.mode) as handle:
             quality = self._quality_of(cell, handle)
             handle.meter.counts.update(quality.counts)
-            paths = self._check_paths(handle, quality)
-            timing = self._time(bench, handle, cell)
+            timing: dict[str, Any] = {}
+            if bench is not None:
+                paths = self._check_paths(handle, quality)
+                timing = self._time(bench, handle, cell) | paths
             costs, density = cost.record(handle, self.shape, cell.context, cell.batch)
         return {
             "model": self.describe(),
@@ -117,7 +119,7 @@ class Session:
             "accuracy": quality.accuracy,
             "items": quality.items,
             "evaluation_batch": EVALUATION_BATCH,
-            "latency": {**timing, **paths},
+            "latency": timing,
         }
 
     def _time(self, bench: latency.Bench, handle: SparseModel, cell: Cell) -> dict[str, Any]:

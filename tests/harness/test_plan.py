@@ -125,6 +125,7 @@ def test_cell_key_names_everything_that_decides_a_result() -> None:
     other: dict[str, Any] = {
         "model": "x", "weights": "real", "method": "y", "options": {"a": 1}, "density": 0.4, "mode": "all", "batch": 2,
         "context": 9, "tasks": ("t",), "corpus": "c", "limit": 3, "seed": 5, "device": "cuda", "dtype": "float16",
+        "timed": False,
     }  # fmt: skip
     assert set(other) == {f.name for f in dataclasses.fields(Cell)} - {"not_applicable"}
     keys = {dataclasses.replace(cell, **{name: value}).cell_key("source", "machine") for name, value in other.items()}
