@@ -9,6 +9,7 @@ OPERATORS = {
     "threshold_linear": "input_linear",
     "neuron_ffn": "ffn",
     "gate_first_ffn": "ffn",
+    "gated_ffn": "ffn",
     "expert_ffn": "ffn",
     "attention_decode": "attention",
     "compact": "selection",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparse_kernels import ACTIVATIONS, expert_ffn, gate_first_ffn, linear_router, neuron_ffn
+from sparse_kernels import ACTIVATIONS, expert_ffn, gate_first_ffn, gated_ffn, linear_router, neuron_ffn
 from sparse_kernels.neuron_ffn import cost
 
 from .case import BATCHES, DENSITIES, EXPERT, Case, Copy, Draw, Shape, double, gap
@@ -22,6 +22,8 @@ def cases(shape: Shape) -> Iterator[Case]:
             partials = partial(_neuron_ffn, shape, density, partials=True)
             yield Case("neuron_ffn", f"{shape.name}, float32 partials", 1, density, partials, "cuBLAS")
         yield Case("gate_first_ffn", shape.name, 1, density, partial(_gate_first_ffn, shape, density), "cuBLAS")
+        if not shape.biased:
+            yield Case("gated_ffn", shape.name, 1, density, partial(_gated_ffn, shape, density), "cuBLAS")
     for batch, density in [(1, density) for density in DENSITIES] + [(batch, 0.5) for batch in BATCHES]:
         title = shape.name + (f", {density:g} per row" if batch > 1 else "")
         yield Case("expert_ffn", title, batch, density, partial(_expert_ffn, shape, batch, density), "cuBLAS")
@@ -96,6 +98,25 @@ def _gate_first_ffn(shape: Shape, density: float, draw: Draw) -> Copy:
         density=kept,
         baseline=lambda: weights.dense(x),
     )  # fmt: skip
+
+
+def _gated_ffn(shape: Shape, density: float, draw: Draw) -> Copy:
+    """Up and down alone, of the neurons whose gate is not zero; cuBLAS multiplies all of both."""
+    weights, x = Weights(shape, draw), draw.normal(1, shape.hidden)
+    mask = draw.mask(1, shape.neurons, density)
+    kept = mask.double().mean().item()
+    value, (index, count) = draw.values(mask, torch.float32) * mask, draw.union(mask)
+
+    def hidden(kind: torch.dtype) -> Tensor:
+        return F.linear(x.to(kind), weights.up.to(kind)) * value.to(kind)
+
+    return Copy(
+        run=lambda: gated_ffn(x, value, weights.up, weights.down_t, index, count),
+        reference=lambda: F.linear(hidden(torch.float64), weights.down.double()),
+        bytes=round(cost.ffn_bytes(*_sizes(shape, x)[:4], False, kept, x.element_size())),
+        density=kept,
+        baseline=lambda: F.linear(hidden(x.dtype), weights.down),
+    )
 
 
 def _expert_ffn(shape: Shape, batch: int, density: float, draw: Draw) -> Copy:

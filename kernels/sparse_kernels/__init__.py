@@ -10,7 +10,7 @@ from sparse_kernels.bandwidth import read_bandwidth
 from sparse_kernels.expert_ffn.op import expert_ffn, expert_ffn_prefill, expert_hidden
 from sparse_kernels.glue.op import glu, residual_norm
 from sparse_kernels.input_linear.op import input_linear, row_stats, threshold_linear
-from sparse_kernels.neuron_ffn.op import gate_first_ffn, neuron_ffn
+from sparse_kernels.neuron_ffn.op import gate_first_ffn, gated_ffn, neuron_ffn
 from sparse_kernels.selection.op import (
     compact,
     gaussian_multiplier,
@@ -33,6 +33,7 @@ __all__ = [
     "expert_ffn_prefill",
     "expert_hidden",
     "gate_first_ffn",
+    "gated_ffn",
     "gaussian_multiplier",
     "glu",
     "input_linear",

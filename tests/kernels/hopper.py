@@ -171,6 +171,8 @@ def compile_ffn(one: torch.Tensor) -> None:
         neuron_ffn.gate_first_ffn(x[:1], gate, up, down_t, one, "silu", None, None, None)
         neuron_ffn.gate_first_ffn(x[:1], None, up, down_t, one, "relu", None, bias, x[0])
         value = torch.empty(4, 11008)
+        neuron_ffn.gated_ffn(x[:1], value[:1], up, down_t, index, index[:1], None, None)
+        neuron_ffn.neuron_hidden(x[:4], None, up, None, None, index, index[:1], "relu", value=value)
         neuron_ffn.neuron_hidden(
             x[:4], None, up, None, None, index, index[:1], "relu", value=value, threshold=one
         )  # fmt: skip

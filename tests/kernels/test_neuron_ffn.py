@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_kernels import ACTIVATIONS, gate_first_ffn, neuron_ffn
+from sparse_kernels import ACTIVATIONS, gate_first_ffn, gated_ffn, neuron_ffn
 from sparse_kernels.neuron_ffn import cost, launch, naive
 from sparse_kernels.neuron_ffn.launch import Rows
 
@@ -224,6 +224,26 @@ def test_gate_first_ffn_half_precision(device):
     assert close(gate_first_ffn(*ffn.matrices(), threshold, "relu", *ffn.biases()), ffn.expected("relu"))
 
 
+@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("density", [0, "one", 0.3, 1])
+@pytest.mark.parametrize("width", [WIDTH, 63])
+def test_gated_ffn_equals_naive(device, batch, density, width):
+    ffn = Ffn(device, batch, density=density, width=width, biased=density != 1)
+    value = torch.randn(batch, len(ffn.neurons), device=device) * ffn.neurons
+    arguments = value, ffn.up, ffn.down_t, ffn.index, ffn.count, ffn.up_bias, ffn.down_bias
+    y = gated_ffn(ffn.x, *arguments)
+    assert near(y, naive.gated_ffn(*double(ffn.x, *arguments[:3]), *arguments[3:5], *double(*arguments[5:])))
+    assert torch.equal(y, gated_ffn(ffn.x, *arguments))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gated_ffn_completes_a_gated_ffn(device, batch):
+    ffn = Ffn(device, batch, density=1, dtype=torch.float16)
+    value = F.silu(F.linear(ffn.x.float(), ffn.gate.float(), ffn.gate_bias.float()))
+    y = gated_ffn(ffn.x, value, ffn.up, ffn.down_t, ffn.index, ffn.count, ffn.up_bias, ffn.down_bias)
+    assert (y.double() - ffn.expected()).abs().max() < 2e-3 * ffn.expected().abs().max()
+
+
 def test_tolerance_fails_what_is_one_percent_wrong():
     expected = torch.randn(1, OUT).double()
     assert near(expected.float(), expected) and not near((expected * 1.01).float(), expected)
@@ -276,6 +296,24 @@ def test_gate_first_ffn_outside_its_domain(change, message):
         gate_first_ffn(**(arguments | change))
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(value=torch.zeros(2, 16)), r"value must be a contiguous float32 \[1, 16\]"),
+        (dict(value=torch.zeros(1, 16).half()), "value must be a contiguous float32"),
+        (dict(index=torch.zeros(8, dtype=torch.int32)), "index must be a contiguous int32"),
+        (dict(down_t=torch.randn(15, 5)), r"down_t must have shape \[16, 5\]"),
+    ],
+)
+def test_gated_ffn_outside_its_domain(change, message):
+    arguments = dict(
+        x=torch.randn(1, 8), value=torch.zeros(1, 16), up=torch.randn(16, 8), down_t=torch.randn(16, 5),
+        index=torch.zeros(16, dtype=torch.int32), count=torch.zeros(1, dtype=torch.int32),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        gated_ffn(**(arguments | change))
+
+
 def test_operators_are_well_formed():
     ops, threshold = torch.ops.sparse_kernels, torch.full((1,), 0.1)
     for batch, gated in ((1, True), (2, False)):
@@ -286,6 +324,8 @@ def test_operators_are_well_formed():
         opcheck(ops.neuron_ffn, (*matrices, ffn.index, ffn.count, *tail))
         opcheck(ops.neuron_ffn, (*matrices, None, None, *tail))
         opcheck(ops.gate_first_ffn, (*matrices, threshold, "silu", None, None, None))
+        value = torch.randn(batch, len(ffn.neurons)) * ffn.neurons
+        opcheck(ops.gated_ffn, (matrices[0], value, *matrices[2:], ffn.index, ffn.count, None, None))
     opcheck(ops.neuron_ffn, (matrices[0][:1], *matrices[1:], ffn.index, ffn.count, *tail[:-1], True))
 
 

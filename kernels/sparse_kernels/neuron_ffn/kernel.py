@@ -45,16 +45,17 @@ def load_neurons(
 @triton.jit
 def fused_kernel(
     x, gate, up, down, gate_bias, up_bias, value, index, count, partial, F, stride_gate, stride_up, stride_down,
-    LISTED: tl.constexpr, SURVIVORS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr, GATED: tl.constexpr,
-    UP: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, D: tl.constexpr,
-    WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr,
+    LISTED: tl.constexpr, SURVIVORS: tl.constexpr, VALUES: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr,
+    GATED: tl.constexpr, UP: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial[program] = sum over this program's neurons of h * (row of down).
 
     A program takes an even share of all neurons or of the list (in 32-bit positions: neurons x programs is far below
     2^31, and 64-bit divisions would be felt). With SURVIVORS it takes what it listed itself in `first_kernel`, the
-    values of their activations included: h is that value, times the product with up if UP.
+    values of their activations included: h is that value, times the product with up if UP. With VALUES the activations
+    of all neurons are given [F].
     """
     AHEAD: tl.constexpr = STAGES == 1
     program = tl.program_id(0)
@@ -96,8 +97,8 @@ def fused_kernel(
             up_sum += tl.load(up_bias + f, mask=live, other=0.0).to(tl.float32)
         if GATE_BIAS:
             gate_sum += tl.load(gate_bias + f, mask=live, other=0.0).to(tl.float32)
-        if SURVIVORS:
-            h = tl.load(value + p, mask=live, other=0.0)
+        if SURVIVORS or VALUES:
+            h = tl.load(value + (f if VALUES else p), mask=live, other=0.0)
             if UP:
                 h *= up_sum
         elif GATED:
@@ -183,18 +184,18 @@ def multiply(acc, x, w, BATCH: tl.constexpr, UPCAST: tl.constexpr):
 def hidden_kernel(
     x, gate, up, gate_bias, up_bias, value, score, threshold, index, count, h,
     B, D, F, stride_x, stride_gate, stride_up, stride_score,
-    LISTED: tl.constexpr, GROUP: tl.constexpr, VALUES: tl.constexpr, SCORES: tl.constexpr, GATED: tl.constexpr,
-    GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
+    LISTED: tl.constexpr, GROUP: tl.constexpr, VALUES: tl.constexpr, SCORES: tl.constexpr, LIMIT: tl.constexpr,
+    GATED: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BATCH: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """h[b, f] of all neurons or of the listed ones.
 
     SCORES: zero where the row's score of the neuron's group is at most the threshold. VALUES: the activations are
-    given [B, F]; those at most the threshold in magnitude count as zero.
+    given [B, F]; those at most the threshold in magnitude count as zero, if there is one (LIMIT).
     """
     b = tl.arange(0, BATCH)
     program = tl.program_id(0)
-    if VALUES or SCORES:
+    if LIMIT:
         limit = tl.load(threshold)
     begin(PDL)
     total = tl.load(count) * GROUP if LISTED else F
@@ -236,7 +237,9 @@ def hidden_kernel(
         place = b.to(tl.int64)[:, None] * F + f[None, :]
         if VALUES:
             given = tl.load(value + place, mask=inside, other=0.0)
-            hidden = tl.where(tl.abs(given) > limit, given * up_sum, 0.0)
+            hidden = given * up_sum
+            if LIMIT:
+                hidden = tl.where(tl.abs(given) > limit, hidden, 0.0)
         elif GATED:
             hidden = activate(gate_sum, ACTIVATION) * up_sum
         else:
@@ -273,9 +276,10 @@ def neuron_hidden(
         batch, width, neurons, x.stride(0), 0 if gate is None else gate.stride(0), up.stride(0),
         0 if score is None else score.stride(0),
         LISTED=index is not None, GROUP=group, VALUES=value is not None, SCORES=score is not None,
-        GATED=gate is not None, GATE_BIAS=gate_bias is not None, UP_BIAS=up_bias is not None, ACTIVATION=activation,
-        BATCH=padded_batch(batch), ROWS=config.rows, COLUMNS=max(64, min(config.columns, power_of_2(width))),
-        STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps,
+        LIMIT=threshold is not None, GATED=gate is not None, GATE_BIAS=gate_bias is not None,
+        UP_BIAS=up_bias is not None, ACTIVATION=activation, BATCH=padded_batch(batch), ROWS=config.rows,
+        COLUMNS=max(64, min(config.columns, power_of_2(width))), STAGES=config.stages, UPCAST=interpreting(),
+        num_warps=config.warps,
     )  # fmt: skip
     return h
 
@@ -294,8 +298,9 @@ def fused(
     value: Tensor | None,
     programs: int,
     config: Rows,
+    survivors: bool = False,
 ) -> Tensor:
-    """Launch `fused_kernel`: partial sums [programs, d_out]."""
+    """Launch `fused_kernel`: partial sums [programs, d_out]. survivors: value and list are `first_kernel`'s."""
     width, (neurons, out) = x.shape[1], down_t.shape
     rows, warps = config.fit(max(width, out), x.element_size())
     partial = torch.empty(programs, out, dtype=torch.float32, device=x.device)
@@ -303,8 +308,8 @@ def fused(
         fused_kernel, (programs,),
         x, gate, up, down_t, gate_bias, up_bias, value, index, count, partial, neurons,
         0 if gate is None else gate.stride(0), 0 if up is None else up.stride(0), down_t.stride(0),
-        LISTED=index is not None, SURVIVORS=value is not None,
-        SLOTS=0 if value is None else triton.cdiv(neurons, programs), GROUP=group,
+        LISTED=index is not None, SURVIVORS=survivors, VALUES=value is not None and not survivors,
+        SLOTS=triton.cdiv(neurons, programs) if survivors else 0, GROUP=group,
         GATED=gate is not None, UP=up is not None, GATE_BIAS=gate_bias is not None, UP_BIAS=up_bias is not None,
         ACTIVATION=activation, D=width, WIDTH=power_of_2(width), OUT=out, OUT_WIDTH=power_of_2(out), ROWS=rows,
         STAGES=config.stages, num_warps=warps,
@@ -374,6 +379,23 @@ def gate_first_ffn(
     )  # fmt: skip
     parts = fused(
         x, None, None if gate is None else up, down_t, None, None if gate is None else up_bias, index, count,
-        activation, 1, value, programs, rest,
+        activation, 1, value, programs, rest, survivors=True,
     )  # fmt: skip
+    return reduce(parts, down_bias, x.dtype)
+
+
+def gated_ffn(
+    x: Tensor,
+    value: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    index: Tensor,
+    count: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+    config: Rows | None = None,
+) -> Tensor:
+    config = config or fused_launch(False, True, x.device)
+    programs = config.count(up.shape[0], x.device)
+    parts = fused(x, None, up, down_t, None, up_bias, index, count, "relu", 1, value, programs, config)
     return reduce(parts, down_bias, x.dtype)

@@ -1,4 +1,4 @@
-"""Definitions of `neuron_hidden`, `neuron_ffn` and `gate_first_ffn`."""
+"""Definitions of `neuron_hidden`, `neuron_ffn`, `gate_first_ffn` and `gated_ffn`."""
 
 import torch
 import torch.nn.functional as F
@@ -105,3 +105,19 @@ def gate_first_ffn(
     if gate is not None:
         value = value * F.linear(x, up[rows], None if up_bias is None else up_bias[rows])
     return F.linear(value, down_t[rows].t(), down_bias)
+
+
+def gated_ffn(
+    x: Tensor,
+    value: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    index: Tensor,
+    count: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """A gated FFN over x [B, d] whose gate's activations are value [B, F], zero outside the list: y [B, d_out]."""
+    rows = neurons(index, count, up.shape[0], 1, x.device)
+    h = value[:, rows] * F.linear(x, up[rows], None if up_bias is None else up_bias[rows])
+    return F.linear(h.to(x.dtype), down_t[rows].t(), down_bias)

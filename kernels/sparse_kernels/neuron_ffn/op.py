@@ -1,4 +1,4 @@
-"""Registered operators `neuron_ffn` and `gate_first_ffn`."""
+"""Registered operators `neuron_ffn`, `gate_first_ffn` and `gated_ffn`."""
 
 import torch
 import torch.nn.functional as F
@@ -198,6 +198,69 @@ def _gate_first_ffn(
 @_gate_first_ffn.register_fake
 def _(x, gate, up, down_t, threshold, activation, gate_bias, up_bias, down_bias):
     return x.new_empty(x.shape[0], down_t.shape[1])
+
+
+def gated_ffn(
+    x: Tensor,
+    value: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    index: Tensor,
+    count: Tensor,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> Tensor:
+    """Run the rest of a gated FFN whose gate is known, on the listed neurons.
+
+    value: float32 [B, F], contiguous, the activations of the gate, 0 for the neurons that a row skips. The rest as in
+    `neuron_ffn`; index int32 [F] and count int32 [1] list the neurons that any row needs.
+    Returns y [B, d_out] in x's dtype, the sum over listed neurons j of value_j * (up_j x) * down_t[j]. Weights of other
+    neurons are never read. Raises ValueError outside this domain.
+
+    Source: Spark Transformer (arXiv 2506.06644), whose gate reads other channels than up: x is then up's share.
+    """
+    require_input(x)
+    require_hidden(x, None, up, None, up_bias, "relu")
+    neurons = up.shape[0]
+    require_down(x, neurons, down_t, down_bias)
+    require_list(index, count, x, neurons)
+    wide = value.dtype in (torch.float32, torch.float64) and value.is_contiguous() and value.device == x.device
+    fits = value.shape == (x.shape[0], neurons)
+    require(wide and fits, "value must be a contiguous float32 {} on {}.", (x.shape[0], neurons), x.device)
+    return torch.ops.sparse_kernels.gated_ffn(x, value, up, down_t, index, count, up_bias, down_bias)
+
+
+@torch.library.custom_op("sparse_kernels::gated_ffn", mutates_args=())
+def _gated_ffn(
+    x: Tensor,
+    value: Tensor,
+    up: Tensor,
+    down_t: Tensor,
+    index: Tensor,
+    count: Tensor,
+    up_bias: Tensor | None,
+    down_bias: Tensor | None,
+) -> Tensor:
+    arguments = (x, value, up, down_t, index, count, up_bias, down_bias)
+    if not use_triton(x):
+        return naive.gated_ffn(*arguments)
+    from sparse_kernels.neuron_ffn import kernel
+
+    if launch.takes_rows(x, down_t):
+        return kernel.gated_ffn(*arguments)
+    h = kernel.neuron_hidden(x, None, up, None, up_bias, index, count, "relu", value=value)
+    return input_linear(h, down_t, index, count, None, down_bias)
+
+
+@_gated_ffn.register_fake
+def _(x, value, up, down_t, index, count, up_bias, down_bias):
+    return x.new_empty(x.shape[0], down_t.shape[1])
+
+
+@register_flop_formula(torch.ops.sparse_kernels.gated_ffn)
+def _gated_flops(x_shape, value_shape, up_shape, down_shape, *args, **kwargs) -> int:
+    """Those of the dense up and down: what is skipped is not known from shapes."""
+    return int(ffn_flops(x_shape[0], x_shape[1], down_shape[1], up_shape[0], False))
 
 
 @register_flop_formula([torch.ops.sparse_kernels.neuron_ffn, torch.ops.sparse_kernels.gate_first_ffn])
