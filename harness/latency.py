@@ -21,7 +21,7 @@ from torch import Tensor
 from methods.families import cached
 from methods.runtime import runtime, why_not
 
-from . import stats
+from . import machine, stats
 from .fidelity import decode_mask
 
 if TYPE_CHECKING:
@@ -31,23 +31,17 @@ if TYPE_CHECKING:
 
 MAX_ROUNDS = 8
 MIN_ROUNDS = 3
+MAX_SECONDS = 60.0
 TARGET_NOISE = 0.01  # stop once the interval of the speed-up is this narrow, as a share of the speed-up
+SETTLED = 0.9  # or once three more rounds left more than this share of the noise
+ENERGY_SECONDS = 1.5  # the GPU's counter ticks every 20 to 100 ms: its share of such a window is what energy is good to
 WARM_STEPS = 4
 GPU_STEPS = 32  # timed steps per block
 CPU_STEPS = 6
 
 
-@dataclass
-class Runner:
-    """One way to run a decode step: `rewind` puts the cache back to the prompt, `block` times steps in milliseconds."""
-
-    name: str
-    rewind: Callable[[], None]
-    block: Callable[[int], list[float]]
-
-
 class Decoder:
-    """A greedy decode step over a static cache, with every tensor at a fixed address."""
+    """A greedy decode step over a static cache, with every tensor at a fixed address. It begins after the prompt."""
 
     def __init__(self, model: PreTrainedModel, prompt: Tensor, steps: int) -> None:
         from transformers import StaticCache
@@ -56,17 +50,15 @@ class Decoder:
         batch, context = prompt.shape
         self.cache = StaticCache(config=model.config, max_cache_len=context + steps)
         self.extra = decode_mask(model, prompt.new_ones(batch, context + steps)) | cached(model, self.cache)
-        positions = torch.arange(context, device=prompt.device)[None]
-        logits = model(
-            input_ids=prompt,
-            position_ids=positions,
-            use_cache=True,
-            logits_to_keep=1,
-            **self.extra,
-        ).logits
-        self.first = logits[:, -1:].argmax(-1)
+        self.positions = torch.arange(context, device=prompt.device)[None]
+        self.first = self.prefill()
         self.token = self.first.clone()
         self.position = torch.full((1, 1), context, device=prompt.device)
+
+    def prefill(self) -> Tensor:
+        """Runs the prompt into the empty cache; the next token of every sequence, int64 [batch, 1]."""
+        forward = dict(input_ids=self.prompt, position_ids=self.positions, use_cache=True, logits_to_keep=1)
+        return self.model(**forward, **self.extra).logits[:, -1:].argmax(-1)
 
     def rewind(self) -> None:
         """Back to the end of the prompt; later cache entries are masked by position and overwritten."""
@@ -82,6 +74,32 @@ class Decoder:
         self.position.add_(1)
 
 
+@dataclass
+class Runner:
+    """One way to run the decode step of `decoder`. keeps: what a graph reads and nobody else holds."""
+
+    name: str
+    decoder: Decoder
+    step: Callable[[], None]
+    keeps: Any = None
+
+    def rewind(self) -> None:
+        self.decoder.rewind()
+
+    def block(self, steps: int) -> list[float]:
+        """Milliseconds of each of `steps` steps, after some that are not timed."""
+        for _ in range(WARM_STEPS):
+            self.step()
+        if self.decoder.prompt.is_cuda:
+            return _events(self.step, steps)
+        samples = []
+        for _ in range(steps):
+            start = perf_counter()
+            self.step()
+            samples.append(1e3 * (perf_counter() - start))
+        return samples
+
+
 class Bench:
     """Times methods against one model's dense runners, which are built once and run in every comparison."""
 
@@ -90,15 +108,17 @@ class Bench:
         """model: with nothing attached, because the dense graphs keep the addresses of the weights they see here;
         prompt: int64 [batch, context] on the model's device; bandwidth: measured bytes per second, GPU only."""
         self.model, self.prompt, self.bandwidth = model, prompt, bandwidth
-        self.gpu = prompt.is_cuda
+        self.gpu, self.device = prompt.is_cuda, str(prompt.device)
         self.notes: list[str] = []
+        self.energy: dict[str, dict[str, float] | None] = {}  # of the dense runners
         self.dense: list[Runner] = self._runners("dense", None)
 
     @torch.no_grad()
     def measure(
-        self, handle: SparseModel, bytes_per_step: Callable[[], int], progress: Callable[[float, float], None]
+        self, handle: SparseModel, timed_step: Callable[[], dict[str, Any]], progress: Callable[[float, float], None]
     ) -> dict[str, Any]:
-        """The record's `latency` block. `bytes_per_step` is asked after the timed steps, whose selections it counts."""
+        """The record's `latency` block. `timed_step` is asked after the timed steps, whose selections it counts: their
+        `density`, the `bytes` they had to read, and the dense model's `bytes_dense`."""
         sparse: list[Runner] = []
         if handle.layers():
             with handle.sparse():
@@ -108,20 +128,33 @@ class Bench:
         runners = self.dense + sparse
         blocks: dict[str, list[list[float]]] = {runner.name: [] for runner in runners}
         steps = GPU_STEPS if self.gpu else CPU_STEPS
-        stop = "at the limit of rounds"
-        for number in range(MAX_ROUNDS):
+        noise: list[float] = []
+        watched = [machine.watch(self.device)]
+        stop, start = None, perf_counter()
+        while stop is None:
             for runner in runners:  # A B A B: every runner once per round
-                with handle.dense() if runner in self.dense else handle.sparse():
+                with self._phase(handle, runner):
                     runner.rewind()
                     blocks[runner.name].append(runner.block(steps))
             self._count(handle)
-            progress(number + 1, MAX_ROUNDS)
-            if number + 1 >= MIN_ROUNDS and (not sparse or self._noise(blocks, sparse) < TARGET_NOISE):
-                stop = "noise under target" if sparse else "dense only"
-                break
+            watched.append(machine.watch(self.device))
+            rounds = len(watched) - 1
+            if sparse and rounds >= MIN_ROUNDS:
+                noise.append(self._noise(blocks, sparse))
+            if rounds >= MIN_ROUNDS:
+                stop = _stop(rounds, noise, perf_counter() - start) if sparse else "dense only"
+            progress(rounds, MAX_ROUNDS)
         if sparse and not self.gpu:
             self.count(handle)
-        return self._block(blocks, sparse, stop, bytes_per_step())
+        found = self._block(blocks, sparse, stop, timed_step())
+        found["watch"] = _disturbances(watched)
+        energy = {r.name: self._energy(handle, r) for r in runners if r.name in (found["runner"], found["baseline"])}
+        found["energy"] = energy[found["runner"]]
+        found["dense"][found["baseline"]]["energy"] = energy[found["baseline"]]
+        return found
+
+    def _phase(self, handle: SparseModel, runner: Runner) -> Any:
+        return handle.dense() if runner in self.dense else handle.sparse()
 
     def _noise(self, blocks: dict[str, list[list[float]]], sparse: list[Runner]) -> float:
         ratio = stats.speedup(blocks[self._fastest(blocks, self.dense)], blocks[self._fastest(blocks, sparse)], 200)
@@ -130,8 +163,15 @@ class Bench:
     def _fastest(self, blocks: dict[str, list[list[float]]], runners: list[Runner]) -> str:
         return min((r.name for r in runners), key=lambda name: summary(blocks[name])["median"])
 
+    def _energy(self, handle: SparseModel, runner: Runner) -> dict[str, float] | None:
+        """Of dense runners once for all methods: it takes seconds, and they change nothing about it."""
+        if runner.name not in self.energy or runner not in self.dense:
+            with self._phase(handle, runner):
+                self.energy[runner.name] = energy(runner, machine.energy_counter(self.device))
+        return self.energy[runner.name]
+
     def _block(
-        self, blocks: dict[str, list[list[float]]], sparse: list[Runner], stop: str, step_bytes: int
+        self, blocks: dict[str, list[list[float]]], sparse: list[Runner], stop: str, step: dict[str, Any]
     ) -> dict[str, Any]:
         baseline = self._fastest(blocks, self.dense)
         chosen = self._fastest(blocks, sparse) if sparse else baseline
@@ -146,6 +186,7 @@ class Bench:
             "dense": {r.name: summary(blocks[r.name]) for r in self.dense},
             "baseline": baseline,
             "stopped": stop,
+            "step": step,
             "notes": list(self.notes),
         }
         if sparse:
@@ -153,8 +194,10 @@ class Bench:
             found["speedup"], found["ci"] = ratio.estimate, [ratio.low, ratio.high]
             found["verdict"] = stats.verdict((ratio.low, ratio.high))
         if self.bandwidth:
-            found["limit_ms"] = 1e3 * step_bytes / self.bandwidth
+            found["limit_ms"] = 1e3 * step["bytes"] / self.bandwidth
             found["fraction_of_limit"] = found["limit_ms"] / found["median"]
+            for dense in found["dense"].values():
+                dense["fraction_of_limit"] = 1e3 * step["bytes_dense"] / self.bandwidth / dense["median"]
             found["read_bandwidth"] = self.bandwidth
         return found
 
@@ -189,23 +232,9 @@ class Bench:
 
     def _eager(self, name: str) -> Runner:
         decoder = self._decoder()
-
-        def block(steps: int) -> list[float]:
-            for _ in range(WARM_STEPS):
-                decoder.step(self.model.forward)
-            if self.gpu:
-                return _events(lambda: decoder.step(self.model.forward), steps)
-            samples = []
-            for _ in range(steps):
-                start = perf_counter()
-                decoder.step(self.model.forward)
-                samples.append(1e3 * (perf_counter() - start))
-            return samples
-
-        return Runner(name, decoder.rewind, block)
+        return Runner(name, decoder, lambda: decoder.step(self.model.forward))
 
     def _graph(self, name: str, compiled: bool, keep: Any = None) -> Runner:
-        """keep: what the graph reads and nobody else holds."""
         decoder = self._decoder()
         forward = self.model.forward
         if compiled:
@@ -225,13 +254,7 @@ class Bench:
         with torch.cuda.graph(graph):
             decoder.step(forward)
 
-        def block(steps: int, kept: Any = keep) -> list[float]:
-            for _ in range(WARM_STEPS):
-                graph.replay()
-            return _events(graph.replay, steps)
-
-        # The closures keep the tensors alive whose addresses the graph reads: the decoder's and what was to be kept.
-        return Runner(name, decoder.rewind, block)
+        return Runner(name, decoder, graph.replay, keep)
 
     def _count(self, handle: SparseModel) -> None:
         """Reads what the last timed step selected; on a GPU only, where the kernels leave it on the device."""
@@ -265,6 +288,57 @@ def _events(step: Callable[[], None], steps: int) -> list[float]:
         mark.record()
     torch.cuda.synchronize()
     return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+
+
+def _stop(rounds: int, noise: list[float], seconds: float) -> str | None:
+    """Why no further round is needed; None where one is. noise: of the speed-up, after every round from the third."""
+    if noise[-1] < TARGET_NOISE:
+        return "noise under target"
+    if len(noise) > 3 and noise[-1] > SETTLED * noise[-4]:
+        return "noise has settled"
+    if rounds >= MAX_ROUNDS:
+        return "at the limit of rounds"
+    return "at the time limit" if seconds > MAX_SECONDS else None
+
+
+def _disturbances(watched: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """What `machine.watch` saw before and after every round: all throttle reasons, most processes, range of clocks."""
+    seen = [found for found in watched if found is not None]
+
+    def told(name: str) -> list[Any]:
+        return [found[name] for found in seen if found[name] != machine.UNAVAILABLE]
+
+    if not seen:
+        return None
+    return {
+        "throttle": sorted({reason for reasons in told("throttle") for reason in reasons}),
+        "processes": max(told("processes"), default=None),
+        "sm_clock": [min(told("sm_clock"), default=None), max(told("sm_clock"), default=None)],
+    }
+
+
+def energy(
+    runner: Runner, counter: Callable[[], int] | None, seconds: float = ENERGY_SECONDS
+) -> dict[str, float] | None:
+    """Joules per token and mean watts of steps that follow each other for `seconds`, from one tick of the counter [mJ]
+    to another; None without a counter, or with one that ticks too rarely."""
+    if counter is None:
+        return None
+    ticks: list[tuple[int, int, float]] = []  # steps done, mJ, time
+    done, start, last = 0, perf_counter(), counter()
+    while perf_counter() - start < seconds:
+        runner.rewind()
+        runner.block(GPU_STEPS)
+        done += WARM_STEPS + GPU_STEPS
+        if (now := counter()) != last:
+            ticks.append((done, now, perf_counter()))
+            last = now
+    if len(ticks) < 3:
+        return None
+    (steps, used, begun), (steps_end, used_end, end) = ticks[0], ticks[-1]
+    joules = (used_end - used) / 1e3
+    tokens = (steps_end - steps) * runner.decoder.prompt.shape[0]
+    return {"joules_per_token": joules / tokens, "watts": joules / (end - begun), "seconds": end - begun}
 
 
 def summary(blocks: list[list[float]]) -> dict[str, float]:

@@ -7,9 +7,17 @@ import importlib
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 UNAVAILABLE = "unavailable"
 LIBRARIES = {"torch": "torch", "triton": "triton", "transformers": "transformers", "lm_eval": "lm-eval"}
@@ -68,8 +76,8 @@ def gpu_state(device: str = "cuda") -> dict[str, Any]:
             UNAVAILABLE,
         ),
     }
-    gpu = uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-    state.update(_nvml(gpu) or _nvidia_smi(gpu) or {})
+    handle = _handle(device)
+    state.update((_nvidia_smi(_uuid(properties)) or {}) if handle == UNAVAILABLE else _state(handle))
     return state
 
 
@@ -128,39 +136,85 @@ def _reasons(mask: int) -> list[str]:
     return [name for bit, name in THROTTLE_REASONS.items() if mask & bit]
 
 
-def _nvml(uuid: str) -> dict[str, Any] | None:
+@cache
+def _library() -> Any | None:
+    """NVML, initialised for the life of the process; None where it is not installed or has no driver behind it."""
     try:
         nvml = importlib.import_module("pynvml")
         nvml.nvmlInit()
-    except Exception:  # not installed, or no driver behind it
+    except Exception:
         return None
+    return nvml
 
-    def read(name: str, *arguments: Any) -> Any:
-        try:
-            value = getattr(nvml, name)(*arguments)
-        except Exception:  # this GPU or driver does not tell
-            return UNAVAILABLE
-        return value.decode() if isinstance(value, bytes) else value
 
+def _read(name: str, *arguments: Any) -> Any:
     try:
-        handle = read("nvmlDeviceGetHandleByUUID", uuid)
-        if handle == UNAVAILABLE:
+        value = getattr(_library(), name)(*arguments)
+    except Exception:  # this GPU or driver does not tell
+        return UNAVAILABLE
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _handle(device: str) -> Any:
+    """NVML's handle of a device of torch's, or UNAVAILABLE."""
+    import torch
+
+    if _library() is None or not device.startswith("cuda"):
+        return UNAVAILABLE
+    return _read("nvmlDeviceGetHandleByUUID", _uuid(torch.cuda.get_device_properties(device)))
+
+
+def _uuid(properties: Any) -> str:
+    uuid = str(getattr(properties, "uuid", ""))
+    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+
+
+def watch(device: str) -> dict[str, Any] | None:
+    """What may disturb a timed run, at this moment: `throttle` reasons, `processes` of others, `sm_clock` [MHz].
+
+    None where NVML does not tell; starting nvidia-smi would itself take a second of the run.
+    """
+    handle = _handle(device)
+    if handle == UNAVAILABLE:
+        return None
+    state = _state(handle)
+    return {name: state[name] for name in ("throttle", "processes", "sm_clock")}
+
+
+def energy_counter(device: str) -> Callable[[], int] | None:
+    """Reads the energy that the GPU has used since its driver started [mJ]; None where it does not tell."""
+    handle = _handle(device)
+    if handle == UNAVAILABLE or not isinstance(_read("nvmlDeviceGetTotalEnergyConsumption", handle), int):
+        return None
+    return lambda: _read("nvmlDeviceGetTotalEnergyConsumption", handle)
+
+
+def process_memory(device: str) -> int | None:
+    """Bytes that this process holds: on the GPU as its driver counts them (None: it does not), else its peak in RAM."""
+    if not device.startswith("cuda"):
+        if resource is None:
             return None
-        throttle = read("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
-        ecc, limit = read("nvmlDeviceGetEccMode", handle), read("nvmlDeviceGetPowerManagementLimit", handle)
-        processes = read("nvmlDeviceGetComputeRunningProcesses", handle)
-        return {
-            "driver": read("nvmlSystemGetDriverVersion"),
-            "sm_clock": read("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM),
-            "memory_clock": read("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_MEM),
-            "max_sm_clock": read("nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_SM),
-            "throttle": _reasons(throttle) if isinstance(throttle, int) else UNAVAILABLE,
-            "ecc": ("on" if ecc[0] else "off") if isinstance(ecc, (list, tuple)) else UNAVAILABLE,
-            "power_limit_w": limit / 1000 if isinstance(limit, int) else UNAVAILABLE,
-            "processes": sum(p.pid != os.getpid() for p in processes) if isinstance(processes, list) else UNAVAILABLE,
-        }
-    finally:
-        nvml.nvmlShutdown()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    processes = _read("nvmlDeviceGetComputeRunningProcesses", _handle(device))
+    own = [p.usedGpuMemory for p in processes if p.pid == os.getpid()] if isinstance(processes, list) else []
+    return own[0] if own else None
+
+
+def _state(handle: Any) -> dict[str, Any]:
+    nvml: Any = _library()
+    throttle = _read("nvmlDeviceGetCurrentClocksThrottleReasons", handle)
+    ecc, limit = _read("nvmlDeviceGetEccMode", handle), _read("nvmlDeviceGetPowerManagementLimit", handle)
+    processes = _read("nvmlDeviceGetComputeRunningProcesses", handle)
+    return {
+        "driver": _read("nvmlSystemGetDriverVersion"),
+        "sm_clock": _read("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM),
+        "memory_clock": _read("nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_MEM),
+        "max_sm_clock": _read("nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_SM),
+        "throttle": _reasons(throttle) if isinstance(throttle, int) else UNAVAILABLE,
+        "ecc": ("on" if ecc[0] else "off") if isinstance(ecc, (list, tuple)) else UNAVAILABLE,
+        "power_limit_w": limit / 1000 if isinstance(limit, int) else UNAVAILABLE,
+        "processes": sum(p.pid != os.getpid() for p in processes) if isinstance(processes, list) else UNAVAILABLE,
+    }
 
 
 def _nvidia_smi(uuid: str) -> dict[str, Any] | None:

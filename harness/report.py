@@ -19,6 +19,7 @@ from .tables import (
     dense_baselines,
     github,
     markdown,
+    prompt_columns,
     quality_columns,
     readme_columns,
     site_columns,
@@ -50,6 +51,12 @@ HOW_TO_READ = f"""\
 - Differences to dense are paired on the same items or windows, with bootstrap intervals; p is McNemar's.
 - Equal target density is no fair match between methods: compare at equal MB/token or at equal accuracy lost.
 """
+
+HOW_TO_READ_PROMPTS = """\
+Prefill is the pass over the prompt in the row's mode, dense under `decode`; the first token also waits for the host.
+*Single storage* is the same prompt over the transposed weights of the decode runtime as the only copy, over the time
+with the model's own. Memory *alone*: peak of tensors for prompt and decode steps with that one copy; reserved and
+process count the dense baselines too. Energy is the GPU's counter over 1.5 s of decode steps."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +203,9 @@ def _section(found: Group) -> list[str]:
     parts += ["### Cost", markdown(cost_columns(found), found.rows)]
     if baselines := dense_baselines(found):
         parts.append(f"Dense in the same run, ms/step: {baselines}.")
+    if prompts := prompt_columns(found):
+        path = "CPU reference path, not ranked. " if found.on_cpu else ""
+        parts += ["### Prefill, memory, energy", markdown(prompts, found.rows), path + HOW_TO_READ_PROMPTS]
     if found.synthetic:
         parts.append("Random weights: FLOPs, bytes and time are meaningful, an accuracy does not exist.")
     else:
@@ -216,6 +226,7 @@ def _warnings(found: Group) -> list[str]:
     doubts = []
     records = [row.record for row in found.rows]
     gpus = [r["machine"].get("gpu") or {} for r in records]
+    gpus += [row.part("latency").get("watch") or {} for row in found.rows]
     if any(isinstance(gpu.get("throttle"), list) and gpu["throttle"] for gpu in gpus):
         doubts.append("the GPU throttled its clocks")
     if any(isinstance(gpu.get("processes"), int) and gpu["processes"] for gpu in gpus):

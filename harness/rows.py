@@ -54,6 +54,16 @@ class Row:
         return self.part("cost").get("decode") or {}
 
     @property
+    def prompts(self) -> dict[str, Any]:
+        """How long a prompt took, by the way it ran."""
+        return self.part("latency").get("prefill") or {}
+
+    @property
+    def prompt(self) -> dict[str, Any]:
+        """How long it took in this cell's mode; under `decode`, where the prompt is dense, that is the dense way."""
+        return self.prompts.get("method") or self.prompts.get("dense") or {}
+
+    @property
     def p99(self) -> float | None:
         """Of the density over tokens, at the site where it is largest."""
         sites = (self.part("density").get("sites") or {}).values()

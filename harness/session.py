@@ -15,7 +15,7 @@ from methods.base import Progress
 from methods.registry import create
 from methods.runtime import why_not
 
-from . import artifacts, cost, fidelity, latency, models
+from . import artifacts, cost, fidelity, latency, models, prefill
 from .corpus import Corpus, load_corpus, token_windows
 from .plan import Cell
 
@@ -127,9 +127,11 @@ class Session:
         if "control" in self.artifact(cell).manifest:
             bench.count(handle)
             return {}
-        return bench.measure(
-            handle, lambda: self._timed_bytes(handle, cell), lambda a, b: self.progress("decode latency", a, b)
+        timing = bench.measure(
+            handle, lambda: self._timed_step(handle, cell), lambda a, b: self.progress("decode latency", a, b)
         )
+        self.progress("prefill", 0, 1)
+        return timing | prefill.measure(self.model, handle, bench.prompt)
 
     def _check_paths(self, handle: SparseModel, quality: Quality) -> dict[str, float]:
         """Nothing is timed whose decode step computes something else than what was evaluated."""
@@ -188,12 +190,16 @@ class Session:
             self._bench, self._bench_shape = latency.Bench(self.model, prompt, self.bandwidth), shape
         return self._bench
 
-    def _timed_bytes(self, handle: SparseModel, cell: Cell) -> int:
-        """Bytes that a timed step had to read, from what its own selections kept."""
+    def _timed_step(self, handle: SparseModel, cell: Cell) -> dict[str, Any]:
+        """What the timed steps' own selections kept, and the bytes that one of these steps had to read for it."""
         found = cost.densities(handle, self.shape, unions=True)
         overhead = sum(layer.overhead for layer in handle.layers())
         spent = cost.decode_cost(self.shape, found, found, overhead, cell.context, cell.batch)
-        return spent.bytes * cell.batch
+        return {
+            "density": round(cost.model_density(self.shape, found), 5) if handle.layers() else None,
+            "bytes": spent.bytes * cell.batch,
+            "bytes_dense": spent.bytes_dense * cell.batch,
+        }
 
     def _fill_dense(self, cell: Cell) -> None:
         """A resumed run has its dense cell already, but other cells need the dense model's outputs again."""

@@ -72,6 +72,26 @@ def cost_columns(group: Group) -> list[Column]:
     ]
 
 
+def prompt_columns(group: Group) -> list[Column]:
+    """Prefill, memory and energy, as far as anything of them was measured; none where no prompt was."""
+    columns = [
+        Column("prefill, ms [p10, p90]", lambda r: _spread(r.prompt.get("prefill"))),
+        Column("÷ dense prompt", lambda r: _over(r.prompts.get("method"), r.prompts.get("dense"))),
+        Column("single storage ÷ own weights", lambda r: _over(r.prompts.get("single storage"), r.prompt)),
+        Column("first token, ms", lambda r: number((r.prompt.get("first_token") or {}).get("median"))),
+        Column("memory alone, GiB", _memory("alone")),
+        Column("reserved, GiB", _memory("reserved")),
+        Column("process, GiB", _memory("process")),
+        Column("decode, J/token", lambda r: number((r.part("latency").get("energy") or {}).get("joules_per_token"))),
+        Column("÷ fastest dense", _energy_ratio),
+        Column("mean W", lambda r: number((r.part("latency").get("energy") or {}).get("watts"))),
+    ]
+    if not any(row.prompt for row in group.rows):
+        return []
+    told = [column for column in columns if any(column.text(row) != NONE for row in group.rows)]
+    return [*name_columns(group), *told]
+
+
 def quality_columns(group: Group) -> list[Column]:
     """Perplexity, divergence and tasks, each with its paired difference to dense."""
     return [
@@ -183,11 +203,13 @@ def dense_baselines(group: Group) -> str:
     """The dense runners of the same run, ms/step: the fastest is what speed-ups refer to."""
     latency: dict[str, Any] = next((r.part("latency") for r in group.rows if r.part("latency").get("dense")), {})
     baseline = latency.get("baseline")
-    texts = [
-        f"{name} {number(runner['median'])}{' (the fastest)' if name == baseline else ''}"
-        for name, runner in (latency.get("dense") or {}).items()
-        if runner and runner.get("median") is not None
-    ]
+    texts = []
+    for name, runner in (latency.get("dense") or {}).items():
+        if runner and runner.get("median") is not None:
+            share = runner.get("fraction_of_limit")
+            remarks = ["the fastest"] if name == baseline else []
+            remarks += [] if share is None else [f"{percent(share)} of the byte limit"]
+            texts.append(f"{name} {number(runner['median'])}" + (f" ({', '.join(remarks)})" if remarks else ""))
     return ", ".join(texts)
 
 
@@ -258,10 +280,32 @@ def _prefill(row: Row) -> str:
 
 
 def _time(row: Row) -> str:
-    latency = row.part("latency")
-    if latency.get("median") is None:
+    return _spread(row.part("latency"))
+
+
+def _spread(times: dict[str, Any] | None) -> str:
+    if not times or times.get("median") is None:
         return NONE
-    return f"{number(latency['median'])} [{number(latency.get('p10'))}, {number(latency.get('p90'))}]"
+    return f"{number(times['median'])} [{number(times.get('p10'))}, {number(times.get('p90'))}]"
+
+
+def _over(way: dict[str, Any] | None, other: dict[str, Any] | None) -> str:
+    """Of median prefill times."""
+    return f"{way['prefill']['median'] / other['prefill']['median']:.3f}" if way and other else NONE
+
+
+def _memory(name: str) -> Text:
+    def text(row: Row) -> str:
+        found = (row.part("latency").get("memory") or {}).get(name)
+        return NONE if found is None else number(found / 2**30)
+
+    return text
+
+
+def _energy_ratio(row: Row) -> str:
+    latency = row.part("latency")
+    own, dense = latency.get("energy"), (latency.get("dense") or {}).get(latency.get("baseline"), {}).get("energy")
+    return f"{own['joules_per_token'] / dense['joules_per_token']:.3f}" if own and dense else NONE
 
 
 def _speedup(digits: int) -> Text:

@@ -93,6 +93,31 @@ def test_cpu_latency_is_labelled_and_not_compared() -> None:
     assert "speed-up" not in cost and "verdict" not in cost and "rank " not in cost.replace("not ranked", "")
 
 
+def prompt(**ways: float) -> dict[str, Any]:
+    return {name: {part: {"median": ms, "p10": ms, "p90": ms} for part in ("prefill", "first_token")} for name, ms in
+            ways.items()} | {"tokens": 384}  # fmt: skip
+
+
+def test_prefill_memory_and_energy_have_a_table_where_they_were_measured() -> None:
+    assert "### Prefill" not in page(FULL)
+    dense, sparse = record(), record("teal", 0.5)
+    dense["latency"] |= {"prefill": prompt(dense=10.0), "memory": {"alone": 2**31, "reserved": None, "process": None}}
+    sparse["latency"] |= {"prefill": prompt(dense=10.0, method=20.0) | {"single storage": prompt(x=15.0)["x"]}}
+    sparse["latency"]["energy"] = {"joules_per_token": 1.0, "watts": 300.0}
+    sparse["latency"]["dense"]["graph"] = {"median": 2.0, "fraction_of_limit": 0.6, "energy": {"joules_per_token": 2.0}}
+    text = page([dense, sparse])
+    lines = text.split("### Prefill, memory, energy")[1].split("###")[0].splitlines()
+    titles, _, first, second = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if "|" in line]
+    assert titles == [
+        "method", "target density", "prefill, ms [p10, p90]", "÷ dense prompt", "single storage ÷ own weights",
+        "first token, ms", "memory alone, GiB", "decode, J/token", "÷ fastest dense", "mean W",
+    ]  # fmt: skip
+    assert first == ["dense", "–", "10.0 [10.0, 10.0]", "–", "–", "10.0", "2.00", "–", "–", "–"]
+    assert second == ["teal", "0.5", "20.0 [20.0, 20.0]", "2.000", "0.750", "20.0", "–", "1.00", "0.500", "300"]
+    sparse["latency"]["watch"] = {"throttle": ["power cap"], "processes": 0}
+    assert "throttled" in page([sparse]) and "60 % of the byte limit" in page([sparse])
+
+
 def test_settings_and_machines_never_share_a_table() -> None:
     other = record("teal", 0.5)
     other["machine"] = {**other["machine"], "identity": "another"}
