@@ -176,9 +176,7 @@ def teacher_forced(model: PreTrainedModel, handle: SparseModel, text: Tensor, st
     context = text.shape[1] - 1 - steps
     places = torch.arange(text.shape[1], device=text.device)[None]  # said, or OPT reads them off its mask
     with handle.positions(handle.mask(1, context, text.device)):
-        model(
-            input_ids=text[:, :context], position_ids=places[:, :context], use_cache=True, logits_to_keep=1, **extra
-        )
+        model(input_ids=text[:, :context], position_ids=places[:, :context], use_cache=True, logits_to_keep=1, **extra)
     logits = []
     with handle.sparse():
         for at in range(context, text.shape[1] - 1):

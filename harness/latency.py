@@ -21,7 +21,7 @@ from torch import Tensor
 from methods.families import cached
 from methods.runtime import runtime, why_not
 
-from . import machine, stats
+from . import machine, quantised, stats
 from .fidelity import decode_mask
 
 if TYPE_CHECKING:
@@ -112,20 +112,21 @@ class Bench:
         self.notes: list[str] = []
         self.energy: dict[str, dict[str, float] | None] = {}  # of the dense runners
         self.dense: list[Runner] = self._runners("dense", None)
+        self.quantised: list[Runner] = self._quantised() if self.gpu else []
 
     @torch.no_grad()
     def measure(
         self, handle: SparseModel, timed_step: Callable[[], dict[str, Any]], progress: Callable[[float, float], None]
     ) -> dict[str, Any]:
         """The record's `latency` block. `timed_step` is asked after the timed steps, whose selections it counts: their
-        `density`, the `bytes` they had to read, and the dense model's `bytes_dense`."""
+        `density`, the `bytes` they had to read, and the dense model's `bytes_dense`, also with `bytes_8bit` weights."""
         sparse: list[Runner] = []
         if handle.layers():
             with handle.sparse():
                 for layer in handle.layers():
                     layer.count = None  # an earlier pass had another batch
                 sparse = self._runners("sparse", handle)
-        runners = self.dense + sparse
+        runners = self.dense + self.quantised + sparse
         blocks: dict[str, list[list[float]]] = {runner.name: [] for runner in runners}
         steps = GPU_STEPS if self.gpu else CPU_STEPS
         noise: list[float] = []
@@ -154,7 +155,7 @@ class Bench:
         return found
 
     def _phase(self, handle: SparseModel, runner: Runner) -> Any:
-        return handle.dense() if runner in self.dense else handle.sparse()
+        return handle.dense() if runner in self.dense + self.quantised else handle.sparse()
 
     def _noise(self, blocks: dict[str, list[list[float]]], sparse: list[Runner]) -> float:
         ratio = stats.speedup(blocks[self._fastest(blocks, self.dense)], blocks[self._fastest(blocks, sparse)], 200)
@@ -184,6 +185,8 @@ class Bench:
             **summary(blocks[chosen]),
             "samples": {name: [[round(v, 5) for v in block] for block in b] for name, b in blocks.items()},
             "dense": {r.name: summary(blocks[r.name]) for r in self.dense},
+            "quantised": {r.name: summary(blocks[r.name]) for r in self.quantised},
+            "quantised_by": quantised.library() if self.gpu else None,
             "baseline": baseline,
             "stopped": stop,
             "step": step,
@@ -193,11 +196,16 @@ class Bench:
             ratio = stats.speedup(blocks[baseline], blocks[chosen])
             found["speedup"], found["ci"] = ratio.estimate, [ratio.low, ratio.high]
             found["verdict"] = stats.verdict((ratio.low, ratio.high))
+            for name, beside in found["quantised"].items():
+                ratio = stats.speedup(blocks[name], blocks[chosen])
+                beside["speedup"], beside["ci"] = ratio.estimate, [ratio.low, ratio.high]
         if self.bandwidth:
             found["limit_ms"] = 1e3 * step["bytes"] / self.bandwidth
             found["fraction_of_limit"] = found["limit_ms"] / found["median"]
             for dense in found["dense"].values():
                 dense["fraction_of_limit"] = 1e3 * step["bytes_dense"] / self.bandwidth / dense["median"]
+            for beside in found["quantised"].values():
+                beside["fraction_of_limit"] = 1e3 * step["bytes_8bit"] / self.bandwidth / beside["median"]
             found["read_bandwidth"] = self.bandwidth
         return found
 
@@ -225,6 +233,17 @@ class Bench:
                 torch.cuda.synchronize()
         if not made:
             raise RuntimeError(f"no way to run the {prefix} decode step: {'; '.join(self.notes)}")
+        return made
+
+    def _quantised(self) -> list[Runner]:
+        made: list[Runner] = []
+        for kind in quantised.CONFIGS if quantised.library() else ():
+            try:
+                with quantised.in_8_bits(self.model, kind) as weights:
+                    made.append(self._graph(f"dense {kind}", True, weights))
+            except Exception as error:  # as above: a baseline that this stack cannot build is left out
+                self.notes.append(f"dense {kind} unavailable: {type(error).__name__}: {str(error)[:200]}")
+                torch.cuda.synchronize()
         return made
 
     def _decoder(self) -> Decoder:
@@ -273,7 +292,7 @@ class Bench:
                 decoder.step(self.model.forward)
 
     def close(self) -> None:
-        self.dense = []
+        self.dense, self.quantised = [], []
         gc.collect()
         if self.gpu:
             torch.cuda.empty_cache()

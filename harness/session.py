@@ -199,6 +199,7 @@ class Session:
             "density": round(cost.model_density(self.shape, found), 5) if handle.layers() else None,
             "bytes": spent.bytes * cell.batch,
             "bytes_dense": spent.bytes_dense * cell.batch,
+            "bytes_8bit": spent.bytes_dense * cell.batch - self.shape.dense * (self.shape.itemsize - 1),
         }
 
     def _fill_dense(self, cell: Cell) -> None:

@@ -61,6 +61,7 @@ def cost_columns(group: Group) -> list[Column]:
                 lambda r: NONE if r.method == "dense" else r.part("latency").get("verdict") or NONE,
                 "verdict",
             ),
+            *(_beside(name) for name in quantised_names(group)),
             Column("share of byte limit", lambda r: percent(r.part("latency").get("fraction_of_limit"))),
         ]
         if not group.synthetic:
@@ -200,14 +201,16 @@ def terminal(columns: Sequence[Column], rows: Iterable[Row]) -> Any:
 
 
 def dense_baselines(group: Group) -> str:
-    """The dense runners of the same run, ms/step: the fastest is what speed-ups refer to."""
+    """The dense runners of the same run, ms/step: the fastest is what speed-ups refer to; 8-bit ones stand beside."""
     latency: dict[str, Any] = next((r.part("latency") for r in group.rows if r.part("latency").get("dense")), {})
     baseline = latency.get("baseline")
     texts = []
-    for name, runner in (latency.get("dense") or {}).items():
+    quantised = latency.get("quantised") or {}
+    for name, runner in ((latency.get("dense") or {}) | quantised).items():
         if runner and runner.get("median") is not None:
             share = runner.get("fraction_of_limit")
             remarks = ["the fastest"] if name == baseline else []
+            remarks += ["weights in 8 bits, in no speed-up"] if name in quantised else []
             remarks += [] if share is None else [f"{percent(share)} of the byte limit"]
             texts.append(f"{name} {number(runner['median'])}" + (f" ({', '.join(remarks)})" if remarks else ""))
     return ", ".join(texts)
@@ -317,6 +320,20 @@ def _speedup(digits: int) -> Text:
         return f"{latency['speedup']:.{digits}f} [{ends}]"
 
     return text
+
+
+def quantised_names(group: Group) -> list[str]:
+    return list(dict.fromkeys(name for row in group.rows for name in row.part("latency").get("quantised") or ()))
+
+
+def _beside(name: str) -> Column:
+    def text(row: Row) -> str:
+        found = (row.part("latency").get("quantised") or {}).get(name) or {}
+        if found.get("speedup") is None or row.method == "dense":
+            return NONE
+        return f"{found['speedup']:.3f} [{', '.join(f'{end:.3f}' for end in found['ci'])}]"
+
+    return Column(f"beside it: over {name} [95 %]", text)
 
 
 def _loss(row: Row) -> str:

@@ -16,7 +16,7 @@ from tests.methods.models import data, llama, opt, windows
 
 
 def step() -> dict[str, Any]:
-    return {"density": 0.5, "bytes": 1000, "bytes_dense": 2000}
+    return {"density": 0.5, "bytes": 1000, "bytes_dense": 2000, "bytes_8bit": 1000}
 
 
 @contextmanager
