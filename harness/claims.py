@@ -95,13 +95,12 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the records say about a claim: the cell that supports it most, in which result set, and the verdict."""
+    """What the records say about a claim: the cell that supports it most, and the verdict."""
 
     claim: Claim
     verdict: str
     row: Row | None = None
     value: stats.Interval | None = None
-    source: str = ""
     remarks: tuple[str, ...] = ()
 
 
@@ -112,8 +111,8 @@ def load(path: Path = DATA) -> list[Claim]:
 def judge(claim: Claim, sets: Mapping[str, Iterable[Group]]) -> Finding:
     """The verdict on one claim from the groups of each result set."""
     measured = [
-        Finding(claim, _verdict(claim, row, value), row, value, name, tuple(_remarks(claim, row)))
-        for name, groups in sets.items()
+        Finding(claim, _verdict(claim, row, value), row, value, tuple(_remarks(claim, row)))
+        for groups in sets.values()
         for group in groups
         for row in group.rows
         if claim.accepts(row) and (value := claim.measure(row)) is not None
@@ -144,7 +143,7 @@ def texts(found: Finding) -> list[str]:
     if found.row:
         gpu = found.row.record["machine"].get("gpu")
         place = gpu["name"] if gpu else "CPU"
-        cell = f"{described(found.row)}; {place}, [{found.source}]({found.source}/{store.FILE})"
+        cell = f"{described(found.row)}; {place}, [{found.row.source}]({found.row.source}/{store.FILE})"
     remarks = "; ".join(found.remarks) or NONE
     return [found.claim.claim, found.claim.setting, measured(found), cell, remarks, f"**{found.verdict}**"]
 
@@ -203,10 +202,10 @@ def _support(found: Finding) -> tuple[Any, ...]:
 def _speedup(row: Row, baseline: str | None) -> stats.Interval | None:
     """Over the fastest dense runner, or over `baseline` from the raw samples; None on a CPU, which skips nothing."""
     latency = row.part("latency")
-    if row.record["machine"].get("gpu") is None or latency.get("speedup") is None:
+    if row.record["machine"].get("gpu") is None:
         return None
     if baseline is None:
-        return stats.Interval(latency["speedup"], *latency["ci"])
+        return row.speedup
     samples = latency.get("samples") or {}
     dense, sparse = samples.get(baseline), samples.get(latency.get("runner"))
     return stats.speedup(dense, sparse) if dense and sparse else None

@@ -33,6 +33,7 @@ def main(args: argparse.Namespace) -> int:
         "context": "1",
         "out": args.save or "results/local",
         "quick": False,
+        "no_latency": True,
         "limit": None,
     }
     cells = [c for c in plan.build_plan(argparse.Namespace(**options)) if c.method not in plan.BASELINES]

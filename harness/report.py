@@ -12,7 +12,7 @@ from typing import Any
 from methods.errors import UsageError
 
 from . import board, claims, machine, store
-from .rows import BUDGETS, Group, group
+from .rows import BUDGETS, Group, doubts_of, group
 from .store import Record
 from .tables import (
     cost_columns,
@@ -47,7 +47,8 @@ HOW_TO_READ = f"""\
   not ranked.
 - **Accuracy lost** is the worse of two relative losses against dense: bits per byte, and the task average. A question
   mark means that the estimate is within the budget but its 95 % interval is not. **Rank** is by speed-up, among cells
-  that lose at most {BUDGETS[-1]:g} %; the losers stay in the table.
+  within {BUDGETS[0]:g} % and within {BUDGETS[-1]:g} %; in brackets the places that the speed-ups' intervals allow. The
+  losers stay in the table.
 - Differences to dense are paired on the same items or windows, with bootstrap intervals; p is McNemar's.
 - Equal target density is no fair match between methods: compare at equal MB/token or at equal accuracy lost.
 """
@@ -79,8 +80,9 @@ def main(args: argparse.Namespace) -> int:
 def build(out: str | Path, readme: str | Path | None = None) -> list[Path]:
     """Writes LEADERBOARD.md, the table of `readme` and, where there is something to draw, pareto.png and .svg.
 
-    Of a folder of result sets it writes the claims ledger. Returns the files. Raises UsageError when there are no
-    records or they cannot be read, when nothing can be written, and when `readme` has no place for a table.
+    Of a folder of result sets it writes one LEADERBOARD.md over all, and CLAIMS.md. Returns the files. Raises
+    UsageError when there are no records or they cannot be read, when nothing can be written, and when `readme` has no
+    place for a table.
     """
     from .plots import pareto
 
@@ -176,7 +178,8 @@ def _texts(out: str | Path, readme: str | Path | None) -> dict[Path, str]:
     """Every generated text by its file."""
     folder = Path(out).expanduser()
     if board.is_collection(folder):
-        return {folder / claims.PAGE: claims.page(claims.load(), board.sets(folder))}
+        sets = board.sets(folder)
+        return {folder / PAGE: board.page(sets), folder / claims.PAGE: claims.page(claims.load(), sets)}
     groups = _groups(out)
     texts = {folder / PAGE: page(groups)}
     if readme is not None:
@@ -223,23 +226,7 @@ def _machine(found: Group) -> str:
 
 def _warnings(found: Group) -> list[str]:
     """What casts doubt on the numbers of a group."""
-    doubts = []
-    records = [row.record for row in found.rows]
-    gpus = [r["machine"].get("gpu") or {} for r in records]
-    gpus += [row.part("latency").get("watch") or {} for row in found.rows]
-    if any(isinstance(gpu.get("throttle"), list) and gpu["throttle"] for gpu in gpus):
-        doubts.append("the GPU throttled its clocks")
-    if any(isinstance(gpu.get("processes"), int) and gpu["processes"] for gpu in gpus):
-        doubts.append("other processes used the GPU")
-    if any((r.get("git") or {}).get("dirty") and r["git"].get("commit") for r in records):
-        doubts.append("some rows come from a tree with uncommitted changes")
-    if len({r.get("source") for r in records}) > 1:
-        doubts.append("not all rows come from the same source code")
-    doubts += sorted({note for row in found.rows for note in row.part("latency").get("notes") or ()})
-    for row in found.rows:
-        doubts += [
-            f"{row.label}, {text}" for text in (row.part("artifact").get("manifest") or {}).get("warnings") or ()
-        ]
+    doubts = doubts_of(found.rows)
     return [f"**Caution:** {'; '.join(doubts)}."] if doubts else []
 
 

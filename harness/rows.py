@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -17,13 +17,26 @@ BUDGETS = (1.0, 3.0)  # per cent of accuracy that a cell may lose; only cells wi
 SETTING = ("model", "weights", "mode", "batch", "context", "corpus", "tasks", "limit", "seed", "device", "dtype")
 
 
+@dataclass(frozen=True)
+class Rank:
+    """A place by speed-up, and the best and worst that the cells' intervals allow."""
+
+    place: int
+    best: int
+    worst: int
+
+
 @dataclass(eq=False)
 class Row:
-    """A measured cell, the dense cell of its setting if there is one, and its rank once it has one."""
+    """A measured cell and the dense cell of its setting, if there is one.
+
+    `ranks`: by budget, once it has any; `source`: the result set it comes from, where several are shown together.
+    """
 
     record: Record
     dense: Record | None
-    rank: int | None = None
+    ranks: dict[float, Rank] = field(default_factory=dict)
+    source: str = ""
 
     def part(self, name: str) -> dict[str, Any]:
         """A section of the record; empty where nothing was measured."""
@@ -62,6 +75,14 @@ class Row:
     def prompt(self) -> dict[str, Any]:
         """How long it took in this cell's mode; under `decode`, where the prompt is dense, that is the dense way."""
         return self.prompts.get("method") or self.prompts.get("dense") or {}
+
+    @property
+    def speedup(self) -> stats.Interval | None:
+        """Over the fastest dense runner of the same run."""
+        latency = self.part("latency")
+        if self.method == "dense" or latency.get("speedup") is None:
+            return None
+        return stats.Interval(latency["speedup"], *latency["ci"])
 
     @property
     def p99(self) -> float | None:
@@ -152,6 +173,12 @@ class Group:
         return f"{s['model']} ({s['weights']} weights), {s['mode']}, batch {s['batch']}, context {s['context']}"
 
     @property
+    def short_title(self) -> str:
+        """Without the model."""
+        s = self.setting
+        return f"{s['mode']}, batch {s['batch']}, context {s['context']}; {self.details}"
+
+    @property
     def details(self) -> str:
         s = self.setting
         tasks = f"{s['limit']} items per task" if s["tasks"] else "no tasks"
@@ -161,6 +188,30 @@ class Group:
     @property
     def task_names(self) -> list[str]:
         return list(dict.fromkeys(task for row in self.rows for task in row.part("accuracy")))
+
+
+def doubts_of(rows: Iterable[Row]) -> list[str]:
+    """What casts doubt on the numbers of rows that stand together."""
+    rows = list(rows)
+    records = [row.record for row in rows]
+    gpus = [r["machine"].get("gpu") or {} for r in records]
+    gpus += [row.part("latency").get("watch") or {} for row in rows]
+    doubts = []
+    if any(isinstance(gpu.get("throttle"), list) and gpu["throttle"] for gpu in gpus):
+        doubts.append("the GPU throttled its clocks")
+    if any(isinstance(gpu.get("processes"), int) and gpu["processes"] for gpu in gpus):
+        doubts.append("other processes used the GPU")
+    if len({r["machine"].get("identity") for r in records}) > 1:
+        doubts.append("not all rows come from the same machine or the same versions")
+    if any((r.get("git") or {}).get("dirty") and r["git"].get("commit") for r in records):
+        doubts.append("some rows come from a tree with uncommitted changes")
+    if len({r.get("source") for r in records}) > 1:
+        doubts.append("not all rows come from the same source code")
+    doubts += sorted({note for row in rows for note in row.part("latency").get("notes") or ()})
+    for row in rows:
+        warnings = (row.part("artifact").get("manifest") or {}).get("warnings") or ()
+        doubts += [f"{row.label}, {text}" for text in warnings]
+    return doubts
 
 
 def is_share(task: dict[str, Any]) -> bool:
@@ -185,7 +236,7 @@ def _group(records: list[Record]) -> Group:
     setting = {name: records[0]["cell"].get(name) for name in SETTING}
     left_out = [r for r in records if r["status"] != "ok"]
     found = Group(records[0]["machine"], setting, rows, left_out)
-    _rank(found)
+    rank(found)
     return found
 
 
@@ -194,11 +245,21 @@ def _order(row: Row) -> tuple[int, str, str, float]:
     return place, row.method, row.options, -(row.target or 0)
 
 
-def _rank(found: Group) -> None:
-    """Ranks by speed-up the cells within the widest budget; nothing on a CPU, nothing with random weights."""
+def rank(found: Group) -> None:
+    """Ranks by speed-up the cells within each budget; nothing on a CPU, nothing with random weights.
+
+    A cell's best place counts the cells that are faster with their whole interval, its worst one leaves out those that
+    are slower with theirs.
+    """
     if found.on_cpu or found.synthetic:
         return
-    timed = [row for row in found.rows if not row.is_baseline and row.part("latency").get("speedup")]
-    fit = [row for row in timed if row.loss and row.loss[0] <= BUDGETS[-1]]
-    for rank, row in enumerate(sorted(fit, key=lambda row: -row.part("latency")["speedup"]), 1):
-        row.rank = rank
+    for budget in BUDGETS:
+        fit = [
+            (row, row.speedup)
+            for row in found.rows
+            if not row.is_baseline and row.speedup and row.loss and row.loss[0] <= budget
+        ]
+        for place, (row, own) in enumerate(sorted(fit, key=lambda pair: -pair[1].estimate), 1):
+            faster = sum(other.low > own.high for _, other in fit)
+            slower = sum(other.high < own.low for _, other in fit)
+            row.ranks[budget] = Rank(place, 1 + faster, len(fit) - slower)

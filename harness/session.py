@@ -109,7 +109,12 @@ class Session:
         return {
             "model": self.describe(),
             "corpus": None if self.corpus is None else {"name": self.corpus.name, "hash": self.corpus.hash},
-            "artifact": {"hash": artifact.hash, "options": artifact.options, "manifest": artifact.manifest},
+            "artifact": {
+                "hash": artifact.hash,
+                "options": artifact.options,
+                "manifest": artifact.manifest,
+                "bytes": sum(tensor.nbytes for tensor in artifact.tensors.values()),
+            },
             "prepare": {k: artifact.manifest.get(k) for k in ("seconds", "tokens", "device")}
             if "seconds" in artifact.manifest
             else None,

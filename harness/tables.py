@@ -65,7 +65,7 @@ def cost_columns(group: Group) -> list[Column]:
             Column("share of byte limit", lambda r: percent(r.part("latency").get("fraction_of_limit"))),
         ]
         if not group.synthetic:
-            columns.insert(0, Column("rank", lambda r: NONE if r.rank is None else str(r.rank), "rank"))
+            columns[:0] = rank_columns()
     return [
         *columns,
         Column("preparation, s", lambda r: number(r.part("prepare").get("seconds")), "prep. s"),
@@ -93,17 +93,31 @@ def prompt_columns(group: Group) -> list[Column]:
     return [*name_columns(group), *told]
 
 
+def rank_columns() -> list[Column]:
+    """A place within each budget, with the places that its interval allows; in the terminal within the widest."""
+
+    def column(budget: float) -> Column:
+        return Column(
+            f"rank within {budget:g} %", lambda r: ranked(r, budget), "rank" if budget == BUDGETS[-1] else None
+        )
+
+    return [column(budget) for budget in BUDGETS]
+
+
 def quality_columns(group: Group) -> list[Column]:
     """Perplexity, divergence and tasks, each with its paired difference to dense."""
+    return [*name_columns(group), *fidelity_columns(), *(task_column(name, group) for name in group.task_names)]
+
+
+def fidelity_columns() -> list[Column]:
+    """How far a cell is from dense."""
     return [
-        *name_columns(group),
         Column("accuracy lost, %", _loss, "lost %", lambda r: budget(r) if r.loss else NONE),
         Column("perplexity", lambda r: number(r.part("fidelity").get("perplexity"), 4), "perplexity"),
         Column("perplexity ÷ dense [95 %]", lambda r: interval(r.perplexity_ratio), "÷ dense [95 %]"),
         Column("bits/byte", lambda r: number(r.part("fidelity").get("bits_per_byte"))),
         Column("KL to dense, nats/token", lambda r: number(r.part("fidelity").get("kl"), 2), "KL, nats"),
         Column("greedy agreement", lambda r: percent(r.part("fidelity").get("greedy_agreement")), "agreement"),
-        *(task_column(name, group) for name in group.task_names),
     ]
 
 
@@ -225,6 +239,13 @@ def budget(row: Row) -> str:
         if estimate <= limit:
             return f"≤ {limit:g} %{'' if high <= limit else ' ?'}"
     return f"> {BUDGETS[-1]:g} %"
+
+
+def ranked(row: Row, budget: float) -> str:
+    found = row.ranks.get(budget)
+    if found is None:
+        return NONE
+    return str(found.place) if found.best == found.worst else f"{found.place} ({found.best}–{found.worst})"
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -96,6 +96,7 @@ def test_the_most_supporting_cell_of_all_sets_is_shown() -> None:
     other = record("teal", 0.7)
     other["machine"] = {**other["machine"], "identity": "n", "gpu": {**GPU, "name": "Other GPU"}}
     sets = {"one": rows.group([record("teal", 0.8)]), "two": rows.group([other])}
+    sets["two"][0].rows[0].source = "two"
     text = claims.page([claim(), claim(method="lte")], sets)
     assert "2 claims: 1 reproduced, 0 partly, 0 not reproduced, 1 not measured." in text
     assert "1.43x [1.40, 1.46]" in text and "Other GPU, [two](two/records.jsonl)" in text and "1.25x" not in text

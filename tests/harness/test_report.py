@@ -31,7 +31,7 @@ def test_page_has_units_machine_and_every_row() -> None:
     ):
         assert expected in text
     cost = text.split("### Cost")[1].split("###")[0]
-    assert [line.split("|")[2].strip() for line in cost.splitlines() if line.startswith("|")][2:] == [
+    assert [line.split("|")[3].strip() for line in cost.splitlines() if line.startswith("|")][2:] == [
         "dense", "null", "lte", "teal", "teal", "teal",
     ]  # fmt: skip
     assert "0.0160 (0.800)" in cost  # GFLOP/token of teal 0.8 and its ratio to dense
@@ -46,7 +46,7 @@ def test_null_and_dense_are_exact() -> None:
 
 def test_rank_is_by_speed_within_the_budget_and_losers_stay() -> None:
     (group,) = rows.group(FULL)
-    ranks = {row.label: row.rank for row in group.rows}
+    ranks = {row.label: row.ranks[3.0].place if row.ranks else None for row in group.rows}
     assert ranks["lte 0.7"] == 1 and ranks["teal 0.8"] == 2 and ranks["teal 0.9"] == 3
     assert ranks["teal 0.4"] is None and ranks["dense"] is None and ranks["null"] is None
     assert tables.budget(next(r for r in group.rows if r.label == "teal 0.4")) == "> 3 %"

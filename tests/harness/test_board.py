@@ -1,0 +1,109 @@
+"""The leaderboard over several result sets: sections, ranks with their uncertainty, and what each column says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import board, report, rows
+from harness.rows import Rank
+from methods.errors import UsageError
+from tests.harness.fabricated import FULL, GPU, record, synthetic, write
+
+
+def on(gpu: str | None, found: dict[str, Any], **machine: Any) -> dict[str, Any]:
+    """The record as if measured on this kind of GPU; None: without one."""
+    place = None if gpu is None else {**GPU, "name": gpu}
+    return {**found, "machine": {**found["machine"], "identity": f"{gpu}{machine}", **machine, "gpu": place}}
+
+
+def merged(tmp_path: Path, **sets: list[dict[str, Any]]) -> str:
+    for name, records in sets.items():
+        write(tmp_path / name, records)
+    return board.page(board.sets(tmp_path))
+
+
+def table(text: str) -> list[list[str]]:
+    """The cells of the first table, with its titles."""
+    lines = [line for line in text.split("\n\n|")[1].split("\n\n")[0].splitlines()]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if "---" not in line]
+
+
+def column(text: str, title: str) -> dict[str, str]:
+    titles, *body = table(text)
+    method, target, wanted = (titles.index(name) for name in ("method", "target density", title))
+    return {f"{line[method]} {line[target]}".removesuffix(" –"): line[wanted] for line in body}
+
+
+def test_one_section_per_model_and_kind_of_gpu(tmp_path: Path) -> None:
+    other = [on("Other GPU", record()), on("Other GPU", record("teal", 0.7))]
+    text = merged(tmp_path, one=FULL, two=other, cpu=[on(None, record(device="cpu"))])
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles == [
+        "## reference (reference weights) on Other GPU",
+        "## reference (reference weights) on Test GPU",
+        "## reference (reference weights) on Test CPU",
+        "## Fidelity of the methods",
+    ]
+    one, two = text.split("on Test GPU")[1], text.split("on Other GPU")[1].split("## ref")[0]
+    assert "[two](two/records.jsonl)" in two and "[one]" not in two and "[two]" not in one
+
+
+def test_order_is_by_rank_and_the_losers_stay(tmp_path: Path) -> None:
+    text = merged(tmp_path, one=FULL)
+    assert list(column(text, "rank within 3 %")) == ["dense", "null 1", "teal 0.8", "teal 0.9", "lte 0.7", "teal 0.4"]
+    assert list(column(text, "rank within 1 %").values()) == ["–", "–", "1", "2", "–", "–"]
+    assert list(column(text, "rank within 3 %").values()) == ["–", "–", "2", "3", "1", "–"]
+    assert column(text, "fidelity") == {
+        "dense": "baseline", "null 1": "baseline", "teal 0.8": "adapted", "teal 0.9": "adapted", "lte 0.7": "adapted",
+        "teal 0.4": "adapted",
+    }  # fmt: skip
+
+
+def test_rank_interval_counts_the_cells_that_are_surely_faster_and_slower() -> None:
+    def cell(density: float, speedup: float, low: float, high: float) -> dict[str, Any]:
+        found = record("teal", density)
+        found["latency"] |= {"speedup": speedup, "ci": [low, high]}
+        found["items"] = record()["items"]
+        return found
+
+    cells = [cell(0.9, 1.5, 1.4, 1.6), cell(0.8, 1.45, 1.35, 1.55), cell(0.7, 1.2, 1.1, 1.3), cell(0.6, 1.1, 1.0, 1.2)]
+    (group,) = rows.group([record(), *cells])
+    ranks = {row.target: row.ranks[1.0] for row in group.rows if row.ranks}
+    assert ranks == {0.9: Rank(1, 1, 2), 0.8: Rank(2, 1, 2), 0.7: Rank(3, 3, 4), 0.6: Rank(4, 3, 4)}
+
+
+def test_the_newest_record_of_a_cell_counts_and_keeps_its_own_dense(tmp_path: Path) -> None:
+    old = [on("Test GPU", record(), torch="2.0"), on("Test GPU", record("teal", 0.9), torch="2.0")]
+    new = on("Test GPU", record("teal", 0.9, time="2026-02-01T00:00:00+00:00"), torch="2.1")
+    new["cost"]["decode"]["bytes"] = 1.1e7
+    text = merged(tmp_path, one=old, two=[new])
+    assert column(text, "read MB/token (÷ dense)")["teal 0.9"].startswith("11.0 ")
+    assert column(text, "accuracy lost, %")["teal 0.9"] == "–"  # no dense cell was measured beside it
+    assert "not all rows come from the same machine" in text and "torch 2.0" in text and "torch 2.1" in text
+
+
+def test_what_is_stored_and_kept_in_memory(tmp_path: Path) -> None:
+    dense, teal = record(), record("teal", 0.9)
+    dense["latency"]["memory"], teal["latency"]["memory"] = {"alone": 5e9}, {"alone": 5.25e9}
+    teal["artifact"] = {"bytes": 1.5e6}
+    text = merged(tmp_path, one=[dense, teal])
+    assert column(text, "extra memory, MB") == {"dense": "–", "teal 0.9": "250"}
+    assert column(text, "artifact, MB") == {"dense": "–", "teal 0.9": "1.50"}
+
+
+def test_random_weights_share_a_table_and_have_no_quality(tmp_path: Path) -> None:
+    cells = [synthetic("dense"), synthetic("teal", 0.5)]
+    wide = [{**c, "cell": {**c["cell"], "batch": 8}} for c in cells]
+    text = merged(tmp_path, one=[*wide, *cells])
+    titles, *body = table(text)
+    assert [line[titles.index("batch")] for line in body] == ["1", "1", "8", "8"]
+    assert not {"perplexity", "rank within 3 %", "accuracy lost, %"} & set(titles)
+
+
+def test_a_folder_without_sets_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no result sets"):
+        board.sets(tmp_path)
+    assert not board.is_collection(write(tmp_path / "one", FULL)) and board.is_collection(tmp_path)
+    assert [f.name for f in report.build(tmp_path)] == ["LEADERBOARD.md", "CLAIMS.md"]
+    assert report.check(tmp_path) == 0
