@@ -39,8 +39,8 @@ class Cell:
     """One measurement: a method with all its options at a target density, on a model, in a mode.
 
     `weights`: "real", "reference" or "synthetic". `context`: tokens in the cache when decoding is timed. `limit`: items
-    per task. `timed`: whether latency is measured. `not_applicable` says why the method cannot serve this model or mode;
-    it is no part of the key.
+    per task. `timed`: whether latency is measured. `not_applicable` says why the method cannot serve this model or
+    mode; it is no part of the key.
     """
 
     model: str
