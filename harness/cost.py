@@ -64,7 +64,7 @@ class Shape:
         for block in blocks(model):
             linears.update({(block.index, name): linear.weight.numel() for name, linear in block.linears.items()})
             query += block.linears["q"].out_features
-            kv += block.linears["k"].out_features + block.linears["v"].out_features
+            kv += sum(block.linears[name].out_features for name in "kv" if name in block.linears)
         head = model.get_output_embeddings().weight
         return cls(linears, head.numel(), query, kv, head.element_size())
 

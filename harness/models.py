@@ -147,6 +147,7 @@ def config(spec: ModelSpec) -> Any:
         _require_config(spec)
     else:
         _check_hub(spec, ("config.json",))
+    _register(spec)
     try:
         return AutoConfig.from_pretrained(spec.source, revision=spec.revision, trust_remote_code=False)
     except Exception as error:
@@ -218,6 +219,7 @@ def _read(spec: ModelSpec, configuration: Any, device: str, dtype: torch.dtype) 
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # the run has its own
+    _register(spec)
     options: dict[str, Any] = {} if device == "cpu" else {"device_map": {"": device}}
     if configuration is not None:
         options["config"] = configuration
@@ -227,6 +229,14 @@ def _read(spec: ModelSpec, configuration: Any, device: str, dtype: torch.dtype) 
         )
     except Exception as error:
         raise _explain(error, spec) from error
+
+
+def _register(spec: ModelSpec) -> None:
+    """Tells transformers of an architecture of ours, where it is about to meet one."""
+    if spec.layout == "spark_llama":
+        from methods.shared.spark_llama import register
+
+        register()
 
 
 def _tokenizer(spec: ModelSpec) -> Any:

@@ -26,6 +26,7 @@ class Layout:
     norms: tuple[str, str] | None = None  # before attention and before the FFN, where these are a block's only norms
     scaled_query: bool = False  # the query is scaled, and rounded, before it meets the keys
     decode_mask: bool = False  # a decode step needs an explicit attention mask to stay free of host reads
+    own_selection: bool = False  # the FFN selects its neurons itself: no FFN of another form can stand in for it
 
 
 GATED = Layout(
@@ -46,6 +47,10 @@ GATED = Layout(
 
 # Gemma's norms multiply by 1 + weight, and some of its blocks have four.
 GEMMA = replace(GATED, norms=None)
+
+# Statistical top-k in some or all of its FFNs, of which methods/spark.py knows more.
+GEMMA3N = replace(GEMMA, activation="hidden_activation", own_selection=True)
+SPARK = replace(GATED, norms=None, own_selection=True)
 
 OPT = Layout(
     layers="model.decoder.layers",
@@ -72,6 +77,9 @@ LAYOUTS: dict[str, Layout] = {
     "gemma": GEMMA,
     "gemma2": GEMMA,
     "gemma3_text": GEMMA,
+    "gemma3n_text": GEMMA3N,
+    "gemma3n": replace(GEMMA3N, layers="model.language_model.layers"),
+    "spark_llama": SPARK,
     "opt": OPT,
 }
 
@@ -112,7 +120,7 @@ def layout_of(config: Any) -> Layout:
 
 def activation_of(config: Any) -> str:
     """The FFN activation as the kernels name it. Raises UsageError for an activation they do not have."""
-    layout = layout_of(config)
+    layout, config = layout_of(config), config.get_text_config()
     name = getattr(config, layout.activation, None) or getattr(config, "hidden_activation", None)
     if name not in ACTIVATION_NAMES:
         raise UsageError(f"activation '{name}' is not supported: choose a model with silu, gelu or relu.")
@@ -120,10 +128,14 @@ def activation_of(config: Any) -> str:
 
 
 def blocks(model: PreTrainedModel) -> Iterator[Block]:
-    """The decoder blocks of a transformers causal language model, first to last."""
+    """The decoder blocks of a transformers causal language model, first to last.
+
+    A block that takes its keys and values from an earlier one (Gemma 3n) has no k and v.
+    """
     layout = layout_of(model.config)
     for index, module in enumerate(model.get_submodule(layout.layers).children()):
-        linears: Any = {name: module.get_submodule(path) for name, path in layout.linears.items()}
+        borrowed = ("k", "v") if getattr(module.get_submodule("self_attn"), "is_kv_shared_layer", False) else ()
+        linears: Any = {n: module.get_submodule(path) for n, path in layout.linears.items() if n not in borrowed}
         yield Block(index, f"{layout.layers}.{index}", module, linears, layout)
 
 
@@ -133,6 +145,8 @@ def why_no_experts(method: str, config: Any, size: int) -> str | None:
         activation_of(config)
     except UsageError as error:
         return str(error)
+    if layout_of(config).own_selection:
+        return f"{method} cannot replace the FFNs of {config.model_type}, which select their neurons themselves."
     width = getattr(config, "intermediate_size", None) or config.ffn_dim
     if width % size == 0:
         return None

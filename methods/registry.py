@@ -28,6 +28,7 @@ BUILT_IN = {
     "lte": "methods.lte:Lte",
     "moefication": "methods.moefication:Moefication",
     "d2dmoe": "methods.d2dmoe:D2dmoe",
+    "spark": "methods.spark:Spark",
     "dense-finetuned": "methods.dense_finetuned:DenseFinetuned",
 }
 

@@ -7,6 +7,8 @@ from typing import Any
 ARCHITECTURES = {
     "reference": "Llama: 8 layers, hidden size 256, SwiGLU with 704 neurons, 8 heads, 4 key-value heads",
     "reference-relu": "OPT: 5 layers, hidden size 256, ReLU with 896 neurons, 8 heads, learned positions",
+    "reference-spark": "Spark Transformer (arXiv 2506.06644) as large as `reference`: 8 layers, hidden size 256, 1056 "
+    "FFN neurons of which the first 128 channels choose 8 %, 8 heads, 4 key-value heads, 64 attended tokens",
 }
 
 
@@ -14,6 +16,8 @@ def model_card(record: dict[str, Any]) -> str:
     """The card in Markdown with YAML front matter; `record` is what `training.json` holds."""
     name, held_out, text = record["model"], record["held_out"], record["text"]
     training, recipe, machine = record["training"], record["recipe"], record["machine"]
+    length = f"--minutes {recipe['minutes']:g}" if "minutes" in recipe else f"--tokens {recipe['tokens']}"
+    stored = "bfloat16" if held_out["weight_bytes"] > 1.5 * held_out["parameters"] else "8 bits"
     packages = "\n".join(f"| {package} | {version} | {license} |" for package, version, license in text["packages"])
     return f"""---
 license: apache-2.0
@@ -29,7 +33,7 @@ A small language model of Python code, for comparing activation-sparsity methods
 It is an instrument, not an assistant: it completes Python code and documentation, poorly.
 
 {ARCHITECTURES[name]}; tied embeddings, byte-level BPE of 4096 tokens, context {recipe["context"]};
-{held_out["parameters"]:,} parameters, {held_out["weight_bytes"] / 1e6:.1f} MB in bfloat16.
+{held_out["parameters"]:,} parameters, {held_out["weight_bytes"] / 1e6:.1f} MB in {stored}.
 
 | held-out text | |
 | --- | --- |
@@ -50,7 +54,7 @@ weight decay {recipe["weight_decay"]} on matrices.
 Python {machine["python"]}, torch {machine["torch"]}, transformers {machine["transformers"]}.
 `training.json` has the loss curve. To train it again:
 
-    python -m harness.reference.train --model {name} --minutes {recipe["minutes"]:g} --out DIR
+    python -m harness.reference.train --model {name} {length} --out DIR
 
 The result depends on the Python packages of the machine and on its speed.
 

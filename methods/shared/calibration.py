@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from sparse_kernels.gate_first import GateFirstFFN
 from sparse_kernels.layers import ExpertFFN
 
 from ..base import Progress, silent
@@ -83,6 +84,35 @@ def input_histograms(
             model(input_ids=windows[start : start + batch].to(device), use_cache=False, logits_to_keep=1)
             progress("calibration pass", start + batch, len(windows))
     return found
+
+
+@torch.inference_mode()
+def multipliers(
+    handle: SparseModel, windows: Tensor, densities: list[float], progress: Progress = silent, batch: int = 4
+) -> list[dict[int, float]]:
+    """For each density, by block: the multiplier at which that share of an attached model's scores is kept.
+
+    From the scores z = (score - mean) / deviation, statistics a token's own, of the layers `GateFirstFFN` when
+    everything is dense. windows: int64 [n, window], whose first positions are left out as in `ffn_inputs`.
+    """
+    device, window = next(handle.model.parameters()).device, windows.shape[1]
+    layers = [layer for layer in handle.layers() if isinstance(layer, GateFirstFFN)]
+    found = {layer.layer: MagnitudeHistogram(device) for layer in layers}
+
+    def listen(layer: Any, args: tuple[Tensor, ...]) -> None:
+        x = args[0].reshape(-1, window, args[0].shape[-1])[:, 1:]
+        score = layer.scores(x, layer.first(x))
+        std, mean = torch.std_mean(score, -1, correction=0, keepdim=True)
+        # Of the exponential, because the histogram is one of magnitudes: its bins are then 0.004 wide in z.
+        found[layer.layer].add(((score - mean) / std.clamp(min=1e-12)).clamp(-80, 80).exp())
+
+    with handle.dense(), _hooks([layer.register_forward_pre_hook(listen) for layer in layers]):
+        for start in range(0, len(windows), batch):
+            handle.model(input_ids=windows[start : start + batch].to(device), use_cache=False, logits_to_keep=1)
+            progress("calibration pass", start + batch, len(windows))
+    share = 1 - torch.tensor(densities, dtype=torch.float64)
+    values = {index: histogram.quantiles(share).log().tolist() for index, histogram in found.items()}
+    return [{index: value[i] for index, value in values.items()} for i in range(len(densities))]
 
 
 @torch.no_grad()

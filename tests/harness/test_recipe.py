@@ -97,7 +97,10 @@ def test_a_line_end_takes_the_indentation_along(tokenizer) -> None:
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
 
 
-@pytest.mark.parametrize(("name", "parameters"), [("reference", 6_951_168), ("reference-relu", 4_801_152)])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("reference", 6_951_168), ("reference-relu", 4_801_152), ("reference-spark", 6_951_168)],
+)
 def test_the_models_have_their_sizes(tokenizer, name: str, parameters: int) -> None:
     model = recipe.build_model(name, tokenizer)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
@@ -181,6 +184,34 @@ def test_a_run_from_text_to_card(tiny, tmp_path, capsys) -> None:
     assert recipe.main([*common, "--minutes", "0.01", "--out", str(tmp_path / "second")]) == 0
     assert (cache / "facts.json").stat().st_mtime_ns == stamp  # the second model reuses the tokenised text
     assert "held-out perplexity" in capsys.readouterr().out
+
+
+def test_the_spark_model_is_trained_on_as_many_tokens_as_its_twin(tmp_path, monkeypatch, tokenizer) -> None:
+    """The whole command, on a smaller model and text; what it wrote is a model of 8 bits that transformers can load."""
+    from transformers import AutoModelForCausalLM
+
+    build, twin, out = recipe.build_model, tmp_path / "twin", tmp_path / "model"
+
+    def smaller(name, tokenizer):
+        model = build(name, tokenizer)
+        model.model.layers = model.model.layers[:1]
+        model.config.num_hidden_layers = 1
+        return model
+
+    twin.mkdir()
+    (twin / "training.json").write_text(json.dumps({"training": {"tokens_seen": 3 * 2 * 64}}))
+    monkeypatch.setattr(recipe, "build_model", smaller)
+    monkeypatch.setattr(recipe, "TWIN", twin)
+    monkeypatch.setattr(recipe, "CONTEXT", 64)
+    common = ["--model", "reference-spark", "--device", "cpu", "--text-limit", "2e5", "--batch", "2"]
+    assert recipe.main([*common, "--out", str(out)]) == 0
+    record = json.loads((out / "training.json").read_text())
+    assert record["training"]["steps"] == 3 and record["recipe"]["tokens"] == record["training"]["tokens_seen"] == 384
+    assert record["held_out"]["weight_bytes"] < 1.1 * record["held_out"]["parameters"]
+    assert "8 bits" in (card := (out / "README.md").read_text()) and "--tokens 384 --out DIR" in card
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    assert type(model).__name__ == "SparkLlamaForCausalLM" and model.config.attended == 64
+    assert recipe.main([*common, "--minutes", "1", "--tokens", "9", "--out", str(out)]) == 2
 
 
 def test_sigterm_saves_and_ends(tiny, tokenizer) -> None:

@@ -49,6 +49,42 @@ def opt() -> PreTrainedModel:
     return model.eval().requires_grad_(False)
 
 
+def spark_llama(**changes: object) -> PreTrainedModel:
+    from methods.shared.spark_llama import SparkLlamaConfig, SparkLlamaForCausalLM
+
+    torch.manual_seed(0)
+    fields: dict[str, object] = {**llama().config.to_dict(), "intermediate_size": 192, "attended": 8, **changes}
+    for name in ("model_type", "architectures", "hidden_act", "transformers_version"):
+        fields.pop(name)
+    return SparkLlamaForCausalLM(SparkLlamaConfig(**fields)).eval().requires_grad_(False)  # type: ignore[arg-type]
+
+
+def gemma3n() -> PreTrainedModel:
+    """Statistical top-k in the first two of four layers; the last two take keys and values from earlier ones."""
+    from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
+
+    torch.manual_seed(0)
+    config = Gemma3nTextConfig(
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        vocab_size=VOCABULARY,
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=8,
+        max_position_embeddings=256,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        activation_sparsity_pattern=[0.95, 0.95, 0.0, 0.0],
+        num_kv_shared_layers=2,
+        laurel_rank=8,
+        altup_num_inputs=2,
+        initializer_range=0.1,
+    )
+    return Gemma3nForCausalLM(config).eval().requires_grad_(False)
+
+
 MODELS = {"llama": llama, "opt": opt}
 
 

@@ -25,6 +25,8 @@ SPECS = {
     "moefication-oracle": "moefication:split=random:selector=oracle:windows=16",
     "d2dmoe": "d2dmoe:steps=2:batch=2:windows=16:epochs=1:lr=0.01",
     "d2dmoe-top-k": "d2dmoe:steps=0:windows=16:epochs=1:rule=top-k",
+    "spark": "spark:windows=4",
+    "spark-soft": "spark:variant=soft:multiplier=gaussian",
     "dense-finetuned": "dense-finetuned:steps=2:batch=2:lr=0.01",
 }
 

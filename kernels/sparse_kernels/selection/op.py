@@ -136,7 +136,7 @@ def gaussian_multiplier(fraction: float) -> float:
     outside. Source: Spark Transformer (arXiv 2506.06644), Q(1 - k/d).
     """
     require(0 <= fraction <= 1, "fraction must be between 0 and 1, got {}.", fraction)
-    return float(torch.special.ndtri(torch.tensor(1 - fraction, dtype=torch.float64)))
+    return float(torch.special.ndtri(torch.tensor(1 - fraction, dtype=torch.float64, device="cpu")))
 
 
 def statistical_top_k(score: Tensor, multiplier: float, soft: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,0 +1,247 @@
+"""Spark Transformer: what is trained in, what is put in afterwards, and that either is what it says it is."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from methods import UsageError, sparsify
+from methods.registry import create, parse
+from methods.shared.spark_llama import SparkMLP, attended_to, spark_attention
+from methods.spark import built_in
+from sparse_kernels import gaussian_multiplier
+from tests.methods.models import data, gemma3n, llama, opt, spark_llama, windows
+
+
+def prepare(model, spec="spark", density=0.5):
+    return next(iter(parse(spec).prepare(model, data(), [density])))
+
+
+def realised(model, artifact) -> float:
+    with sparsify(model, artifact, "all") as handle, handle.meter.on():
+        model(input_ids=windows(8, seed=1))
+        counts = torch.cat([torch.cat(found) for found in handle.meter.counts.values()]).double()
+        return float(counts.mean()) / handle.layers()[0].units
+
+
+# Put in afterwards
+
+
+@pytest.mark.parametrize("variant", ["mask", "output", "soft"])
+@pytest.mark.parametrize(
+    ("build", "density"),  # half of a random ReLU's activations are zero: no threshold lies between them
+    [(llama, 0.5), (llama, 0.3), (llama, 0.08), (opt, 0.3), (opt, 0.08)],
+)
+def test_calibrated_multipliers_meet_the_density(build, variant, density):
+    model = build()
+    artifact = prepare(model, f"spark:variant={variant}", density)
+    assert realised(model, artifact) == pytest.approx(density, abs=0.03)
+    assert artifact.manifest["density"] == pytest.approx(density, abs=0.03)
+    assert artifact.manifest["variant"] == variant and len(artifact.tensors) == 2
+
+
+def test_gaussian_multipliers_are_the_quantile():
+    artifact = prepare(llama(), "spark:variant=soft:multiplier=gaussian", 0.08)
+    assert [float(t) for t in artifact.tensors.values()] == pytest.approx([1.40507] * 2, abs=1e-5)
+
+
+@pytest.mark.parametrize("build", [llama, opt])
+def test_the_mask_at_density_1_is_the_dense_model_bit_for_bit(build):
+    model, ids = build(), windows(2)
+    dense = model(input_ids=ids).logits
+    for variant in ("mask", "output", "soft"):
+        with sparsify(model, prepare(model, f"spark:variant={variant}:multiplier=gaussian", 1.0), "all"):
+            assert torch.equal(model(input_ids=ids).logits, dense)
+
+
+def test_less_density_strays_further():
+    model, ids = llama(), windows(4)
+    dense = model(input_ids=ids).logits
+    strays = []
+    for density in (0.8, 0.5, 0.2):
+        with sparsify(model, prepare(model, "spark", density), "all"):
+            strays.append(float((model(input_ids=ids).logits - dense).norm()))
+    assert 0 < strays[0] < strays[1] < strays[2]
+
+
+def test_the_soft_form_is_gemmas_operator_on_the_gate():
+    model = llama()
+    with sparsify(model, prepare(model, "spark:variant=soft", 0.3)) as handle, handle.sparse():
+        layer, x = handle.layers()[0], torch.randn(3, 5, 64)
+        u = layer.gate(x)
+        limit = u.mean(-1, keepdim=True) + layer.multiplier * u.std(-1, keepdim=True, unbiased=False)
+        assert torch.allclose(layer(x), layer.down(F.silu(F.relu(u - limit)) * layer.up(x)), atol=1e-6)
+
+
+# Trained in
+
+
+@pytest.mark.parametrize("build", [spark_llama, gemma3n])
+def test_a_native_model_gives_the_same_output_for_less_work(build):
+    model, ids = build(), windows(4)
+    dense = model(input_ids=ids).logits
+    artifact = prepare(model, "spark", None)
+    for mode in ("all", "decode", "last-50%"):
+        with sparsify(model, artifact, mode) as handle:
+            assert torch.allclose(model(input_ids=ids).logits, dense, atol=1e-5)
+            assert len(handle.layers()) == 2
+    share = built_in(model.config)[0]
+    assert artifact.manifest["trained_density"] == share
+    assert realised(model, artifact) == pytest.approx(share, abs=0.02)
+    assert torch.equal(model(input_ids=ids).logits, dense)
+
+
+@pytest.mark.parametrize("build", [spark_llama, gemma3n])
+def test_a_native_model_can_be_asked_for_another_density(build):
+    model = build()
+    artifact = prepare(model, "spark", 0.3)
+    assert realised(model, artifact) == pytest.approx(0.3, abs=0.05)
+    assert "trained to keep" in artifact.manifest["notes"][0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gemmas_own_module_is_reproduced(dtype):
+    model = gemma3n().to(dtype)
+    x = torch.randn(2, 7, 64, dtype=dtype)
+    own = [layer.mlp(x) for layer in model.model.layers[:2]]
+    with sparsify(model, prepare(model, "spark:variant=native", 0.05)) as handle, handle.sparse():
+        ours = [layer(x) for layer in handle.layers()]
+    for a, b in zip(ours, own, strict=True):
+        # Gemma takes its statistics in bfloat16, we in float32
+        assert (a - b).abs().max() < (1e-6 if dtype == torch.float32 else 0.05) * b.abs().max()
+
+
+def test_spark_ffn_by_hand():
+    model = spark_llama()
+    mlp, x = model.model.layers[0].mlp, torch.randn(64)
+    u = mlp.gate_proj.weight @ x[:32]
+    mean = u.mean()
+    limit = mean + (u - mean).square().mean().sqrt() * gaussian_multiplier(0.08)
+    g = F.gelu(torch.where(u > limit, u - limit, 0), approximate="tanh")
+    expected = mlp.down_proj.weight @ (g * (mlp.up_proj.weight @ x[32:]))
+    assert isinstance(mlp, SparkMLP) and torch.allclose(mlp(x), expected, atol=1e-5)
+    assert sum(p.numel() for p in mlp.parameters()) == 2 * 64 * 192  # that of two matrices: nothing for the predictor
+
+
+def test_gradients_flow_through_the_statistics_and_stay_finite():
+    mlp = spark_llama().double().model.layers[0].mlp
+    x = torch.randn(2, 64, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(mlp, (x,))
+    nothing = torch.zeros(1, 64, dtype=torch.float64, requires_grad=True)  # as a padding token's embedding
+    mlp(nothing).sum().backward()
+    assert torch.isfinite(nothing.grad).all()
+
+
+# Attention
+
+
+def heads(length, keys=None, width=16):
+    torch.manual_seed(3)
+    return [torch.randn(1, 2, n, width) for n in (length, keys or length, keys or length)]
+
+
+def test_spark_attention_by_hand():
+    (q, k, v), attended = heads(12), 4
+    visible = torch.ones(12, 12, dtype=torch.bool).tril()
+    found = spark_attention(q, k, v, visible, attended)
+    for head in range(2):
+        for t in range(12):
+            a = k[0, head, : t + 1, :8] @ q[0, head, t, :8] / math.sqrt(8)
+            b = F.softplus(k[0, head, : t + 1, 8:] @ q[0, head, t, 8:] / math.sqrt(8))
+            if t + 1 > attended:
+                share = torch.tensor(1 - attended / (t + 1))
+                limit = a.mean() + a.std(unbiased=False) * torch.special.ndtri(share)
+                a = torch.where((a >= limit) | (a == a.max()), a, -torch.inf)
+            expected = (a.softmax(0) * b) @ v[0, head, : t + 1]
+            assert torch.allclose(found[0, head, t], expected, atol=1e-5)
+
+
+def test_attention_lets_about_as_many_through_as_asked_for():
+    torch.manual_seed(4)
+    for visible, low, high in ((300, 243, 270), (1024, 220, 292), (200, 200, 200)):
+        seen = torch.arange(1500) < visible
+        counts = attended_to(torch.randn(200, 1500), seen.expand(200, -1), 256).sum(-1)
+        assert low <= int(counts.min()) and int(counts.max()) <= high
+        assert abs(float(counts.float().mean()) - min(256, visible)) < 2
+    keep = attended_to(torch.zeros(1, 40), torch.ones(1, 40, dtype=torch.bool), 4)
+    assert keep.all()  # no score is above another
+    spike = torch.zeros(1, 40)
+    spike[0, 7] = 100.0
+    assert attended_to(spike, torch.ones(1, 40, dtype=torch.bool), 1).nonzero().tolist() == [[0, 7]]
+
+
+def test_the_future_and_padding_change_nothing():
+    model, ids = spark_llama(), windows(1, 40)
+    other = ids.clone()
+    other[:, 30:] = (other[:, 30:] + 1) % 300
+    assert torch.equal(model(input_ids=ids).logits[:, :30], model(input_ids=other).logits[:, :30])
+    padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], 1)
+    mask = torch.arange(45)[None] >= 5
+    places = (torch.arange(45)[None] - 5).clamp(min=0)
+    found = model(input_ids=padded, attention_mask=mask.long(), position_ids=places).logits[:, 5:]
+    assert torch.allclose(found, model(input_ids=ids).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("attended", [0, 8])
+def test_cached_steps_are_the_batched_pass(attended):
+    from transformers import StaticCache
+
+    from methods.families import cached
+
+    model, ids = spark_llama(attended=attended), windows(2, 40)
+    expected = model(input_ids=ids).logits
+    for static in (False, True):
+        cache = StaticCache(config=model.config, max_cache_len=64) if static else None
+        out = model(input_ids=ids[:, :30], use_cache=True, **(cached(model, cache) if static else {}))
+        cache = cache or out.past_key_values
+        for at in range(30, 40):
+            out = model(input_ids=ids[:, at : at + 1], use_cache=True, **cached(model, cache))
+            assert torch.allclose(out.logits[:, 0], expected[:, at], atol=1e-5)
+
+
+@pytest.mark.parametrize("eight_bit", [True, False])
+def test_a_checkpoint_is_read_back_by_transformers(eight_bit, tmp_path):
+    from harness import models
+
+    model, ids = spark_llama(), windows(1)
+    model.save_eight_bit(tmp_path) if eight_bit else model.save_pretrained(tmp_path)
+    size = (tmp_path / "model.safetensors").stat().st_size / sum(p.numel() for p in model.parameters())
+    assert (1 < size < 1.5) if eight_bit else size > 4
+    spec = models.resolve(str(tmp_path))
+    loaded = models._read(spec, models.config(spec), "cpu", torch.float32).eval()
+    assert type(loaded) is type(model) and loaded.config.attended == 8
+    for (name, a), (_, b) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
+        assert (a - b).abs().max() <= (b.abs().max() / 250 if eight_bit else 0), name
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert torch.isfinite(loaded(input_ids=ids).logits).all()
+
+
+# Bad input
+
+
+def test_what_cannot_be_is_said_in_one_sentence():
+    with pytest.raises(UsageError, match="did you mean mask"):
+        parse("spark:variant=masc")
+    with pytest.raises(UsageError, match="did you mean gaussian"):
+        parse("spark:multiplier=gausian")
+    with pytest.raises(UsageError, match="windows=16"):
+        parse("spark:windows=0")
+    with pytest.raises(UsageError, match="add --density"):
+        prepare(llama(), "spark", None)
+    assert "variant=mask" in create("spark", {"variant": "native"}).why_not(llama().config)
+    assert "variant=native" in create("spark", {"variant": "soft"}).why_not(gemma3n().config)
+    with pytest.raises(UsageError, match="choose variant=native"):
+        prepare(spark_llama(), "spark:variant=mask")
+    for name in ("lte", "moefication", "d2dmoe"):
+        assert "select their neurons themselves" in create(name, {}).why_not(spark_llama().config)
+
+
+def test_other_methods_serve_a_spark_model():
+    model, ids = spark_llama(), windows(2)
+    dense = model(input_ids=ids).logits
+    for spec, same in (("null", True), ("teal:allocation=uniform", False)):
+        with sparsify(model, prepare(model, spec, None if same else 0.5), "all"):
+            assert torch.allclose(model(input_ids=ids).logits, dense, atol=1e-5) == same
