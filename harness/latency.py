@@ -21,7 +21,7 @@ from torch import Tensor
 from methods.families import cached
 from methods.runtime import runtime, why_not
 
-from . import machine, quantised, stats
+from . import breakdown, machine, quantised, stats
 from .fidelity import decode_mask
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ class Bench:
         energy = {r.name: self._energy(handle, r) for r in runners if r.name in (found["runner"], found["baseline"])}
         found["energy"] = energy[found["runner"]]
         found["dense"][found["baseline"]]["energy"] = energy[found["baseline"]]
+        found["breakdown"] = self._breakdown(handle, sparse or self.dense, found["notes"])
         return found
 
     def _phase(self, handle: SparseModel, runner: Runner) -> Any:
@@ -170,6 +171,19 @@ class Bench:
             with self._phase(handle, runner):
                 self.energy[runner.name] = energy(runner, machine.energy_counter(self.device))
         return self.energy[runner.name]
+
+    def _breakdown(self, handle: SparseModel, runners: list[Runner], notes: list[str]) -> dict[str, Any] | None:
+        """Of the decode runtime where it runs: only its kernels have a class of their own each."""
+        runner = next((r for r in runners if r.name.endswith("runtime")), runners[0])
+        if not self.gpu:
+            return None
+        try:
+            with self._phase(handle, runner):
+                events = breakdown.trace(runner)
+            return {"runner": runner.name, **breakdown.breakdown(events, breakdown.STEPS)}
+        except (RuntimeError, ValueError) as error:  # a driver may refuse to be traced
+            notes.append(f"no breakdown of {runner.name}: {str(error).splitlines()[0][:200]}")
+            return None
 
     def _block(
         self, blocks: dict[str, list[list[float]]], sparse: list[Runner], stop: str, step: dict[str, Any]

@@ -113,7 +113,7 @@ def split(text: str, flag: str) -> list[str]:
 
 
 def build_plan(args: argparse.Namespace) -> list[Cell]:
-    """The cells of a run: models x modes x batches x contexts x (dense, null, methods x densities).
+    """The cells of a run: models x batches x contexts x modes x (dense, null, methods x densities).
 
     A method that cannot serve a model or mode stays in the plan with its reason, unless it was the only one asked for.
     Raises UsageError for anything that is wrong with the arguments or missing on this machine.
@@ -141,8 +141,9 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
         models.check(spec, args.weights)
         config = models.config(spec)
         synthetic = args.weights == "synthetic"
-        settings = product(modes, batches, _contexts(spec.name, config, contexts))
-        for (mode, batch, context), method in product(settings, methods):
+        # Modes innermost: all cells of one batch and context share the dense runners that were built for these.
+        settings = product(batches, _contexts(spec.name, config, contexts), modes)
+        for (batch, context, mode), method in product(settings, methods):
             for density in _method_densities(method, densities):
                 cells.append(
                     Cell(

@@ -1,8 +1,8 @@
-"""The Pareto figure: accuracy (and, on a GPU, time) over the bytes read per decoded token."""
+"""The figures: accuracy and time over the bytes read, speed-up over batch and context, where the time goes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from math import log
@@ -10,7 +10,7 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from .rows import Group, Row
+from .rows import Grid, Group, Row, grids
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vPX"
@@ -59,38 +59,126 @@ def panels(group: Group) -> list[Panel]:
     return [p for p in wanted if any(p.value(row) is not None and not row.is_baseline for row in group.rows)]
 
 
-def pareto(groups: Iterable[Group], path: Path) -> list[Path]:
-    """Writes `path` (.png) and the same figure as .svg, byte for byte the same for the same records.
+@dataclass(frozen=True)
+class Figure:
+    """A picture of a leaderboard. `parts`: what of the groups it can show; `draw`: a matplotlib figure of these."""
 
-    One line of panels per table. Returns the files; none when no group has anything to show.
-    """
-    groups = list(groups)
-    shown = [(group, found) for group in groups if (found := panels(group))]
-    if not shown:
-        return []
-    methods = sorted({row.method for group in groups for row in group.rows if not row.is_baseline})
-    styles = dict(zip(methods, zip(cycle(COLOURS), cycle(MARKERS), strict=False), strict=False))
+    file: str
+    caption: str
+    parts: Callable[[Sequence[Group]], list[Any]]
+    draw: Callable[[list[Any]], Any]
+
+
+def write(groups: Sequence[Group], folder: Path) -> list[Path]:
+    """Writes every figure that has something to show as .png and .svg, byte for byte the same for the same records."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    with plt.rc_context({"svg.hashsalt": "pareto", "font.size": 9}):
-        columns = max(len(found) for _, found in shown)
-        size = (4.6 * columns + 0.4, 3.9 * len(shown))
-        figure, axes = plt.subplots(len(shown), columns, figsize=size, squeeze=False, layout="constrained")
-        for line, (group, found) in zip(axes, shown, strict=True):
-            for axis, panel in zip(line, found, strict=False):
-                _draw(axis, group, panel, styles)
-            for axis in line[len(found) :]:
-                axis.set_visible(False)
-            title = [part for text in (group.title, group.details) for part in wrap(text, 64 * columns)]
-            line[0].set_title("\n".join(title), loc="left", fontsize=8.5)
-        files = [path, path.with_suffix(".svg")]
-        figure.savefig(files[0], dpi=100, metadata={"Software": None})
-        figure.savefig(files[1], metadata={"Date": None, "Creator": None})
-        plt.close(figure)
+    files: list[Path] = []
+    for figure in FIGURES:
+        if parts := figure.parts(groups):
+            path = folder / figure.file
+            with plt.rc_context({"svg.hashsalt": path.stem, "font.size": 9}):
+                drawn = figure.draw(parts)
+                drawn.savefig(path, dpi=100, metadata={"Software": None})
+                drawn.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+                plt.close(drawn)
+            files += [path, path.with_suffix(".svg")]
     return files
+
+
+def shown(groups: Sequence[Group]) -> list[Figure]:
+    """The figures that these groups have."""
+    return [figure for figure in FIGURES if figure.parts(groups)]
+
+
+def _with_panels(groups: Sequence[Group]) -> list[tuple[Group, list[Panel]]]:
+    return [(group, found) for group in groups if (found := panels(group))]
+
+
+def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
+    """One line of panels per table."""
+    from matplotlib import pyplot as plt
+
+    methods = sorted({row.method for group, _ in parts for row in group.rows if not row.is_baseline})
+    styles = dict(zip(methods, zip(cycle(COLOURS), cycle(MARKERS), strict=False), strict=False))
+    columns = max(len(found) for _, found in parts)
+    size = (4.6 * columns + 0.4, 3.9 * len(parts))
+    figure, axes = plt.subplots(len(parts), columns, figsize=size, squeeze=False, layout="constrained")
+    for line, (group, found) in zip(axes, parts, strict=True):
+        for axis, panel in zip(line, found, strict=False):
+            _draw(axis, group, panel, styles)
+        for axis in line[len(found) :]:
+            axis.set_visible(False)
+        title = [part for text in (group.title, group.details) for part in wrap(text, 64 * columns)]
+        line[0].set_title("\n".join(title), loc="left", fontsize=8.5)
+    return figure
+
+
+def _traced(groups: Sequence[Group]) -> list[Group]:
+    return [group for group in groups if any(row.breakdown for row in group.rows)]
+
+
+def _bars(groups: list[Group]) -> Any:
+    """A stacked bar per method, in milliseconds of a decode step by class of kernel."""
+    from matplotlib import pyplot as plt
+
+    heights = [1.1 + 0.26 * sum(bool(row.breakdown) for row in group.rows) for group in groups]
+    size = (8.5, sum(heights) + 0.3)
+    figure, axes = plt.subplots(
+        len(groups), 1, figsize=size, squeeze=False, layout="constrained", height_ratios=heights
+    )
+    for group, axis in zip(groups, axes[:, 0], strict=True):
+        rows = [row for row in group.rows if row.breakdown]
+        left = [0.0] * len(rows)
+        for kind, colour in zip(rows[0].breakdown, cycle(COLOURS[:-1] + (FRONT,)), strict=False):
+            widths = [row.breakdown.get(kind, 0.0) for row in rows]
+            axis.barh(range(len(rows)), widths, left=left, color=colour, label=kind, height=0.7)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        axis.set_yticks(range(len(rows)), [row.name for row in rows])
+        axis.invert_yaxis()
+        axis.set_xlabel("ms per decode step")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.set_title("\n".join(wrap(group.title, 100)), loc="left", fontsize=8.5)
+    axes[0, 0].legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def _lines(found: list[Grid]) -> Any:
+    """Speed-up over the batch, a panel per context and a line per method."""
+    from matplotlib import pyplot as plt
+
+    columns = max(len(grid.contexts) for grid in found)
+    size = (4.2 * columns + 0.4, 3.6 * len(found))
+    figure, axes = plt.subplots(len(found), columns, figsize=size, squeeze=False, sharey="row", layout="constrained")
+    for line, grid in zip(axes, found, strict=True):
+        styles = dict(zip(grid.speedups, zip(cycle(COLOURS), cycle(MARKERS), strict=False), strict=False))
+        for axis, context in zip(line, grid.contexts, strict=False):
+            for name, speedups in grid.speedups.items():
+                points = [(batch, s[0]) for batch in grid.batches if (s := speedups.get((batch, context)))]
+                if points:
+                    colour, marker = styles[name]
+                    axis.plot(*zip(*points, strict=True), marker + "-", color=colour, markersize=5, label=name)
+            axis.axhline(1, color="black", linewidth=0.6, linestyle=":", zorder=0)
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(grid.batches, [str(batch) for batch in grid.batches])
+            axis.set_xlabel(f"batch, at context {context}")
+            axis.spines[["top", "right"]].set_visible(False)
+        for axis in line[len(grid.contexts) :]:
+            axis.set_visible(False)
+        line[0].set_ylabel("speed-up over fastest dense")
+        line[0].set_title("\n".join(wrap(grid.title, 64 * columns)), loc="left", fontsize=8.5)
+        line[0].legend(fontsize=7.5, frameon=False)
+    return figure
+
+
+FIGURES = (
+    Figure("pareto.png", "Accuracy over bytes read per token", _with_panels, _pareto),
+    Figure("grid.png", "Speed-up over batch and context", grids, _lines),
+    Figure("breakdown.png", "Where the time of a decode step goes", _traced, _bars),
+)
 
 
 def front(points: Sequence[tuple[float, float]], larger: bool) -> list[tuple[float, float]]:

@@ -12,12 +12,14 @@ from typing import Any
 from methods.errors import UsageError
 
 from . import board, claims, machine, store
-from .rows import BUDGETS, Group, doubts_of, group
+from .rows import BUDGETS, Group, doubts_of, grids, group
 from .store import Record
 from .tables import (
+    breakdown_columns,
     cost_columns,
     dense_baselines,
     github,
+    grid_table,
     markdown,
     prompt_columns,
     quality_columns,
@@ -27,7 +29,6 @@ from .tables import (
 )
 
 PAGE = "LEADERBOARD.md"
-PLOT = "pareto.png"
 BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
 WIDTH = 120
 SHOWN_DIFFERENCES = 20
@@ -59,6 +60,10 @@ Prefill is the pass over the prompt in the row's mode, dense under `decode`; the
 with the model's own. Memory *alone*: peak of tensors for prompt and decode steps with that one copy; reserved and
 process count the dense baselines too. Energy is the GPU's counter over 1.5 s of decode steps."""
 
+HOW_TO_READ_BREAKDOWN = """\
+From a trace of 8 replays of the decode runtime; tracing slows a step a little. Fused kernels count where most of their
+time goes: the norm before a linear layer is in *selection*, in a dense step too. *Idle*: no kernel ran."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
@@ -78,13 +83,13 @@ def main(args: argparse.Namespace) -> int:
 
 
 def build(out: str | Path, readme: str | Path | None = None) -> list[Path]:
-    """Writes LEADERBOARD.md, the table of `readme` and, where there is something to draw, pareto.png and .svg.
+    """Writes LEADERBOARD.md, the table of `readme` and the figures that have something to show.
 
     Of a folder of result sets it writes one LEADERBOARD.md over all, and CLAIMS.md. Returns the files. Raises
     UsageError when there are no records or they cannot be read, when nothing can be written, and when `readme` has no
     place for a table.
     """
-    from .plots import pareto
+    from . import plots
 
     texts = _texts(out, readme)
     try:
@@ -92,18 +97,18 @@ def build(out: str | Path, readme: str | Path | None = None) -> list[Path]:
             place.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"'{error.filename}' cannot be written ({error.strerror}): choose another --out.") from None
-    return [*texts, *([] if board.is_collection(out) else pareto(_groups(out), Path(out).expanduser() / PLOT))]
+    return [*texts, *([] if board.is_collection(out) else plots.write(_groups(out), Path(out).expanduser()))]
 
 
 def check(out: str | Path, readme: str | Path | None = None) -> int:
     """0 when the generated texts are what the records say and the plots exist, else 1 with the differences."""
-    from .plots import panels
+    from . import plots
 
     texts = _texts(out, readme)
     stale = differences(texts)
-    if not board.is_collection(out) and any(map(panels, _groups(out))):
-        if not (Path(out).expanduser() / PLOT).is_file():
-            stale.append(f"{PLOT} is missing")
+    if not board.is_collection(out):
+        files = [figure.file for figure in plots.shown(_groups(out))]
+        stale += [f"{file} is missing" for file in files if not (Path(out).expanduser() / file).is_file()]
     if not stale:
         print("\n".join(f"{place} is up to date." for place in texts))
         return 0
@@ -131,11 +136,12 @@ def differences(texts: dict[Path, str]) -> list[str]:
 
 def page(groups: Sequence[Group]) -> str:
     """The leaderboard as Markdown, the same text for the same records."""
-    from .plots import panels
+    from . import plots
 
     parts = ["# Leaderboard", "Generated from `records.jsonl` by `python -m harness report`; do not edit.", HOW_TO_READ]
-    if any(map(panels, groups)):
-        parts.append(f"![Accuracy over bytes read per token]({PLOT})")
+    parts += [f"![{figure.caption}]({figure.file})" for figure in plots.shown(groups)]
+    for grid in grids(groups):
+        parts += [f"## Speed-up by batch and context: {grid.title}", grid_table(grid)]
     for found in groups:
         parts += _section(found) if found.rows else []
     parts += _left_out(groups)
@@ -209,6 +215,8 @@ def _section(found: Group) -> list[str]:
     if prompts := prompt_columns(found):
         path = "CPU reference path, not ranked. " if found.on_cpu else ""
         parts += ["### Prefill, memory, energy", markdown(prompts, found.rows), path + HOW_TO_READ_PROMPTS]
+    if kinds := breakdown_columns(found):
+        parts += ["### Where a decode step's time goes, ms", markdown(kinds, found.rows), HOW_TO_READ_BREAKDOWN]
     if found.synthetic:
         parts.append("Random weights: FLOPs, bytes and time are meaningful, an accuracy does not exist.")
     else:

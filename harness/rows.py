@@ -63,6 +63,11 @@ class Row:
         return self.method if self.target is None or self.is_baseline else f"{self.method} {self.target:g}"
 
     @property
+    def name(self) -> str:
+        """The label, with the options that somebody set."""
+        return f"{self.label} ({self.options})" if self.options else self.label
+
+    @property
     def decode(self) -> dict[str, Any]:
         return self.part("cost").get("decode") or {}
 
@@ -83,6 +88,11 @@ class Row:
         if self.method == "dense" or latency.get("speedup") is None:
             return None
         return stats.Interval(latency["speedup"], *latency["ci"])
+
+    @property
+    def breakdown(self) -> dict[str, float]:
+        """Milliseconds of a step by class of kernel; empty where no step was traced."""
+        return (self.part("latency").get("breakdown") or {}).get("ms") or {}
 
     @property
     def p99(self) -> float | None:
@@ -212,6 +222,40 @@ def doubts_of(rows: Iterable[Row]) -> list[str]:
         warnings = (row.part("artifact").get("manifest") or {}).get("warnings") or ()
         doubts += [f"{row.label}, {text}" for text in warnings]
     return doubts
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Tables that differ in batch or context alone. speedups: by method, then (batch, context): ratio and verdict."""
+
+    title: str
+    batches: list[int]
+    contexts: list[int]
+    speedups: dict[str, dict[tuple[int, int], tuple[float, str]]]
+
+
+def grids(groups: Iterable[Group]) -> list[Grid]:
+    """One per model, machine and setting that has speed-ups at several batches or contexts; none of a CPU."""
+    alike: dict[str, list[Group]] = {}
+    for found in groups:
+        rest = {name: value for name, value in found.setting.items() if name not in ("batch", "context")}
+        alike.setdefault(json.dumps([found.machine.get("identity"), rest], sort_keys=True), []).append(found)
+    return [grid for found in alike.values() if (grid := _grid(found)) and not found[0].on_cpu]
+
+
+def _grid(groups: list[Group]) -> Grid | None:
+    speedups: dict[str, dict[tuple[int, int], tuple[float, str]]] = {}
+    for found in groups:
+        place = found.setting["batch"], found.setting["context"]
+        for row in found.rows:
+            if row.speedup:
+                speedups.setdefault(row.name, {})[place] = row.speedup.estimate, row.part("latency")["verdict"]
+    places = {place for found in speedups.values() for place in found}
+    if len(places) < 2:
+        return None
+    batches, contexts = (sorted(set(side)) for side in zip(*places, strict=True))
+    s = groups[0].setting
+    return Grid(f"{s['model']} ({s['weights']} weights), {s['mode']}", batches, contexts, speedups)
 
 
 def is_share(task: dict[str, Any]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .rows import BUDGETS, Group, Row, is_share
+from .rows import BUDGETS, Grid, Group, Row, is_share
 from .stats import Interval
 
 NONE = "–"
@@ -104,6 +104,17 @@ def rank_columns() -> list[Column]:
     return [column(budget) for budget in BUDGETS]
 
 
+def breakdown_columns(group: Group) -> list[Column]:
+    """Milliseconds of a decode step by class of kernel; none where no step was traced."""
+
+    def column(kind: str) -> Column:
+        return Column(kind, lambda r: number(r.breakdown.get(kind)))
+
+    kinds = list(dict.fromkeys(kind for row in group.rows for kind in row.breakdown))
+    kernels = Column("kernels/step", lambda r: str((r.part("latency").get("breakdown") or {}).get("kernels", NONE)))
+    return [*name_columns(group), *map(column, kinds), kernels] if kinds else []
+
+
 def quality_columns(group: Group) -> list[Column]:
     """Perplexity, divergence and tasks, each with its paired difference to dense."""
     return [*name_columns(group), *fidelity_columns(), *(task_column(name, group) for name in group.task_names)]
@@ -198,6 +209,16 @@ def github(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
     cells = [[text.replace("|", "\\|").replace("\n", " ") for text in line] for line in body]
     return tabulate(cells, list(titles), tablefmt="github", disable_numparse=True)
+
+
+def grid_table(grid: Grid) -> str:
+    """Speed-up and verdict of every method, by batch and context."""
+    places = [(batch, context) for context in grid.contexts for batch in grid.batches]
+    titles = ["method", *(f"batch {batch}, context {context}" for batch, context in places)]
+    body = []
+    for name, found in grid.speedups.items():
+        body.append([name, *(f"{found[p][0]:.2f} {found[p][1]}" if p in found else NONE for p in places)])
+    return github(titles, body)
 
 
 def terminal(columns: Sequence[Column], rows: Iterable[Row]) -> Any:

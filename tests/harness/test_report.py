@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from harness import report, rows, store, tables
+from harness import plots, report, rows, store, tables
 from methods.errors import UsageError
 from tests.harness.fabricated import FULL, GPU, record, synthetic, write
 
@@ -116,6 +116,21 @@ def test_prefill_memory_and_energy_have_a_table_where_they_were_measured() -> No
     assert second == ["teal", "0.5", "20.0 [20.0, 20.0]", "2.000", "0.750", "20.0", "–", "1.00", "0.500", "300"]
     sparse["latency"]["watch"] = {"throttle": ["power cap"], "processes": 0}
     assert "throttled" in page([sparse]) and "60 % of the byte limit" in page([sparse])
+
+
+def test_several_batches_or_contexts_make_a_grid(tmp_path: Any) -> None:
+    assert "## Speed-up by batch" not in page(FULL) and not rows.grids(rows.group(FULL))
+    records = [record(name, d, batch=b, context=c) for name, d in (("dense", None), ("teal", 0.5), ("lte", 0.5))
+               for b, c in ((1, 512), (16, 512), (1, 4096))]  # fmt: skip
+    groups = rows.group(records)
+    (grid,) = rows.grids(groups)
+    assert (grid.batches, grid.contexts, list(grid.speedups)) == ([1, 16], [512, 4096], ["lte 0.5", "teal 0.5"])
+    text = report.page(groups).split("## Speed-up by batch and context: reference (reference weights), decode")[1]
+    titles, _, lte, teal = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()[2:6]]
+    assert titles[1:] == [f"batch {b}, context {c}" for c in (512, 4096) for b in (1, 16)]
+    assert teal == ["teal 0.5", "2.00 faster", "2.00 faster", "2.00 faster", "–"] and lte[0] == "lte 0.5"
+    assert {"grid.png", "grid.svg"} <= {f.name for f in plots.write(groups, tmp_path)}
+    assert not rows.grids(rows.group([{**r, "cell": {**r["cell"], "device": "cpu"}} for r in records]))
 
 
 def test_settings_and_machines_never_share_a_table() -> None:

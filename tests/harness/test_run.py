@@ -16,7 +16,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harness import cli, store
+from harness import cli, fidelity, latency, store
 from harness.plan import add_run_arguments, build_plan
 from harness.run import measure
 
@@ -116,7 +116,14 @@ def test_a_resumed_cell_equals_an_uninterrupted_one(model: str, tmp_path: Path) 
         assert alone[block] == whole["teal"][block]
 
 
-def test_modes_batches_and_contexts_multiply_into_cells(model: str, tmp_path: Path) -> None:
+def test_modes_batches_and_contexts_multiply_into_cells(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Quality is measured once for all batches and contexts, dense runners are built once for all methods and modes."""
+    evaluated, built = [], []
+    fidelity_measure, bench = fidelity.measure, latency.Bench
+    monkeypatch.setattr(fidelity, "measure", lambda *a: evaluated.append(a) or fidelity_measure(*a))
+    monkeypatch.setattr(latency, "Bench", lambda *a: built.append(a) or bench(*a))
     arguments = command(
         model, tmp_path, "--tasks", "none", "--mode", "decode,all", "--batch", "1,2", "--context", "16,32"
     )
@@ -124,6 +131,7 @@ def test_modes_batches_and_contexts_multiply_into_cells(model: str, tmp_path: Pa
     assert cli.main([*arguments, "--density", "0.5"]) == 0
     records = store.load(tmp_path)
     cells = {(r["cell"]["mode"], r["cell"]["batch"], r["cell"]["context"]) for r in records}
+    assert len(evaluated) == 3 * 2 and len(built) == 4
     assert len(cells) == 8 and len(records) == 8 * 3
     teal = [r for r in records if r["cell"]["method"] == "teal"]
     for record in teal:
