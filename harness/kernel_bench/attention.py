@@ -39,7 +39,10 @@ def _attention(shape: Shape, batch: int, context: int, density: float, draw: Dra
     key, value = (draw.normal(batch, groups, context, dim) for _ in range(2))
     lengths = torch.full((batch,), context, dtype=torch.int32, device=draw.device)
     mask = draw.mask(batch, groups, density)
-    heads = None if density == 1 else draw.lists(mask)
+    heads = None
+    if density < 1:  # as many slots as heads are kept, which a method that keeps k of them knows
+        index, count = draw.lists(mask)
+        heads = index[:, : int(count.max())].contiguous(), count
 
     def reference() -> Tensor:
         """One sequence at a time: a whole cache in float64 would not fit beside the copies."""
@@ -51,9 +54,9 @@ def _attention(shape: Shape, batch: int, context: int, density: float, draw: Dra
         return torch.cat(parts)
 
     def dense() -> Tensor:
-        """A group's query heads as positions of one head: without a mask that is the same."""
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] if query.is_cuda else [SDPBackend.MATH]):
-            return scaled_dot_product_attention(query.unflatten(1, (groups, -1)), key, value).flatten(1, 2)
+            grouped = groups != shape.heads
+            return scaled_dot_product_attention(query[:, :, None], key, value, enable_gqa=grouped)[:, :, 0]
 
     kept = mask.double().mean().item()
     return Copy(

@@ -14,17 +14,17 @@ from sparse_kernels.input_linear.cost import linear_bytes
 
 from .case import BATCHES, DENSITIES, Case, Copy, Draw, Shape, double
 
-BATCHED = "llama2-7b"  # the shapes that are also timed in batches and with masked loads
+BATCHED = "llama2-7b"  # the shapes that are also timed in batches, and in both forms
 
 
 def cases(shape: Shape) -> Iterator[Case]:
     batched = shape.name == BATCHED
     plain = [(1, density, "") for density in DENSITIES] + [(b, 0.5, ", 0.5 per row") for b in BATCHES if batched]
-    masked = [(1, density, ", masked loads") for density in DENSITIES[1:] if batched]
+    forms = {form: [(1, density, f", {form}") for density in DENSITIES if batched] for form in ("list", "mask")}
     for op, select, settings in (
         ("input_linear", None, plain),
-        ("threshold_linear", "threshold", plain),
-        ("threshold_linear", "mask", masked),
+        ("threshold_linear", "auto", plain),
+        *(("threshold_linear", form, settings) for form, settings in forms.items()),
     ):
         for batch, density, note in settings:
             for name in shape.linears():
@@ -46,7 +46,7 @@ def _build(select: str | None, shape: Shape, name: str, batch: int, density: flo
     def run() -> Tensor:
         if select is None:
             return input_linear(x, weight_t, index, count, threshold if batch > 1 else None, bias)
-        return threshold_linear(x, weight_t, limits, widths, select=select, bias=bias)[0]
+        return threshold_linear(x, weight_t, limits, widths, select=select, bias=bias, density=density)[0]
 
     def reference() -> Tensor:
         return naive.input_linear(x.double(), weight_t.double(), index, count, threshold, double(bias))

@@ -112,10 +112,13 @@ def compile_linear() -> None:
         for batch in (1, 4, 64):
             h, wide = torch.empty(batch, 4096, dtype=dtype), torch.empty(batch, 22016, dtype=dtype)
             normed = dict(norm="rms", norm_weight=norm, eps=1e-5, stats=linear.row_stats(h))
-            for select in ("threshold", "mask"):
-                linear.linear(h, qkv, select, [4096] * 3, threshold=limits, **normed)
+            linear.linear(h, qkv, "threshold", [4096] * 3, threshold=limits, **normed)
             if batch == 1:  # more rows with all channels are dense
                 linear.linear(h, gate_up, "all", [22016], **normed)
+                linear.masked(h, qkv, [4096] * 3, threshold=limits, **normed)
+                linear.masked(h, qkv[:, :4096], [4096])
+                linear.masked(torch.empty(8, 1, 22016), down, [4096], threshold=limits[:1], activation="silu",
+                              gated=True)  # fmt: skip
             gated = dict(threshold=limits[:1], activation="silu", gated=True, center=down[:, 0].contiguous())
             for x in (wide, torch.empty(2, batch, 22016)):
                 linear.linear(x, down, "threshold", [4096], side=h, side_up=qkv[:, :4096], **gated)

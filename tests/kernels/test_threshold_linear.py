@@ -5,6 +5,7 @@ from support import close
 
 from sparse_kernels import row_stats, threshold_linear
 from sparse_kernels.input_linear import kernel, naive
+from sparse_kernels.input_linear.launch import Masked, path_for
 from sparse_kernels.launch import Launch
 
 SEGMENTS = {"one": [200], "three": [100, 37, 63]}
@@ -36,21 +37,21 @@ def test_naive_is_a_masked_linear():
     assert counts.tolist() == [[int((x.abs() > 0.5).any(0).sum())]]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 7])
+@pytest.mark.parametrize("batch, select", [(1, "list"), (1, "mask"), (2, "auto"), (7, "auto")])
 @pytest.mark.parametrize("channels", [1, 63, 133])
 @pytest.mark.parametrize("segments", SEGMENTS)
 @pytest.mark.parametrize("each", [False, True])
-def test_threshold_linear_equals_naive(device, batch, channels, segments, each):
+def test_threshold_linear_equals_naive(device, batch, select, channels, segments, each):
     widths = SEGMENTS[segments]
     x, weight_t = make(batch, channels, 200, device)
     threshold = limits(len(widths), device, channels if each else None)
-    y, counts, _ = threshold_linear(x, weight_t, threshold, widths)
+    y, counts, _ = threshold_linear(x, weight_t, threshold, widths, select=select)
     wanted, active = expected(x, weight_t, threshold, widths)
     assert close(y, wanted) and torch.equal(counts.sum(1), active[:, 0])
 
 
 @pytest.mark.parametrize("batch", [1, 3, 16])
-@pytest.mark.parametrize("select", ["threshold", "mask"])
+@pytest.mark.parametrize("select", ["list", "mask"])
 @pytest.mark.parametrize("limit, name", [(-1.0, "all"), (1e9, "none"), (None, "dense")])
 def test_threshold_linear_everything_and_nothing(device, batch, select, limit, name):
     x, weight_t = make(batch, 70, 90, device)
@@ -64,7 +65,7 @@ def test_threshold_linear_everything_and_nothing(device, batch, select, limit, n
     assert close(y, wanted)
 
 
-@pytest.mark.parametrize("select", ["threshold", "mask"])
+@pytest.mark.parametrize("select", ["list", "mask"])
 @pytest.mark.parametrize("batch", [1, 2])
 def test_threshold_linear_reads_only_what_some_row_keeps(device, select, batch):
     x, weight_t = make(batch, 133, 90, device)
@@ -76,25 +77,25 @@ def test_threshold_linear_reads_only_what_some_row_keeps(device, select, batch):
 
 
 @pytest.mark.parametrize("norm", ["rms", "gemma", "layer"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch, select", [(1, "list"), (1, "mask"), (3, "auto")])
 @pytest.mark.parametrize("limit", [0.5, None])
-def test_threshold_linear_norms_its_input(device, norm, batch, limit):
+def test_threshold_linear_norms_its_input(device, norm, batch, select, limit):
     x, weight_t = make(batch, 133, 90, device)
     x = 3 * x + 1
     extras = dict(norm=norm, norm_weight=torch.rand(133, device=device) + 0.5, eps=1e-5)
     extras |= dict(norm_bias=torch.randn(133, device=device)) if norm == "layer" else {}
     threshold = None if limit is None else torch.full((1,), limit, device=device)
-    y = threshold_linear(x, weight_t, threshold, **extras)[0]
+    y = threshold_linear(x, weight_t, threshold, select=select, **extras)[0]
     assert close(y, expected(x, weight_t, threshold, [90], **extras)[0])
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch, select", [(1, "list"), (1, "mask"), (3, "auto")])
 @pytest.mark.parametrize("glu", ["silu", "gelu", "relu2"])
-def test_threshold_linear_gates_its_input(device, batch, glu):
+def test_threshold_linear_gates_its_input(device, batch, select, glu):
     x, weight_t = make(batch, 266, 90, device)
     weight_t = weight_t[:133]
     threshold = torch.full((1,), 0.3, device=device)
-    y = threshold_linear(x, weight_t, threshold, activation=glu, gated=True)[0]
+    y = threshold_linear(x, weight_t, threshold, select=select, activation=glu, gated=True)[0]
     assert close(y, expected(x, weight_t, threshold, [90], activation=glu, gated=True)[0])
 
 
@@ -110,29 +111,29 @@ def test_a_batch_that_needs_most_channels_is_multiplied_densely(device, segments
     assert (y - wanted).norm() < 1e-5 * wanted.norm() and counts.numel() == 0
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch, select", [(1, "list"), (1, "mask"), (3, "auto")])
 @pytest.mark.parametrize("gated", [True, False])
-def test_parts_are_summed_by_the_next_layer(device, batch, gated):
+def test_parts_are_summed_by_the_next_layer(device, batch, select, gated):
     x, first = make(batch, 70, 266 if gated else 133, device)
     second, threshold = torch.randn(133, 90, device=device), torch.full((1,), 0.5, device=device)
     parts, _, _ = threshold_linear(x, first, None, partial=True)
     assert parts.dim() == 3 and parts.dtype == torch.float32
     extras = dict(activation="relu", gated=gated)
-    y = threshold_linear(parts, second, threshold, **extras)[0]
+    y = threshold_linear(parts, second, threshold, select=select, **extras)[0]
     assert close(y, expected(parts.sum(0), second, threshold, [90], **extras)[0])
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_threshold_linear_extras(device, batch):
+@pytest.mark.parametrize("batch, select", [(1, "list"), (1, "mask"), (3, "auto")])
+def test_threshold_linear_extras(device, batch, select):
     """Constant term, low-rank path, residual, and the part that a low-rank path is made from."""
     x, weight_t = make(batch, 133, 90, device)
     threshold, down = torch.full((1,), 0.7, device=device), torch.randn(133, 20, device=device)
     center = torch.randn(133, device=device)
-    side = threshold_linear(x, down, threshold, invert=True, center=center)[0]
+    side = threshold_linear(x, down, threshold, select=select, invert=True, center=center)[0]
     assert close(side, expected(x, down, threshold, [20], invert=True, center=center)[0])
     extras = dict(center=center, side=side, side_up=torch.randn(20, 90, device=device))
     extras |= dict(bias=torch.randn(90, device=device), residual=torch.randn(batch, 90, device=device))
-    y = threshold_linear(x, weight_t, threshold, **extras)[0]
+    y = threshold_linear(x, weight_t, threshold, select=select, **extras)[0]
     assert close(y, expected(x, weight_t, threshold, [90], **extras)[0])
     dense = threshold_linear(x - center, weight_t, None)[0]
     full = threshold_linear(x, weight_t, threshold, center=center, side=side * 0, side_up=extras["side_up"])[0]
@@ -141,21 +142,21 @@ def test_threshold_linear_extras(device, batch):
 
 
 @pytest.mark.parametrize("norm", ["rms", "layer"])
-@pytest.mark.parametrize("batch", [1, 3])
-def test_statistics_travel_from_layer_to_layer(device, norm, batch):
+@pytest.mark.parametrize("batch, select", [(1, "list"), (1, "mask"), (3, "auto")])
+def test_statistics_travel_from_layer_to_layer(device, norm, batch, select):
     x, first = make(batch, 70, 133, device)
     second, weight = torch.randn(133, 90, device=device), torch.rand(133, device=device)
     h, _, stats = threshold_linear(x, first, None, residual=torch.randn(batch, 133, device=device), with_stats=True)
     assert torch.allclose(stats[..., 0].sum(1), h.sum(1), atol=1e-3)
     extras = dict(norm=norm, norm_weight=weight, eps=1e-6)
-    y = threshold_linear(h, second, limits(1, device), stats=stats, **extras)[0]
+    y = threshold_linear(h, second, limits(1, device), stats=stats, select=select, **extras)[0]
     assert close(y, expected(h, second, limits(1, device), [90], **extras)[0])
     assert torch.allclose(stats, row_stats(h), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("batch", [1, 7])
-@pytest.mark.parametrize("select", ["threshold", "mask", "all"])
+@pytest.mark.parametrize("select", ["threshold", "all"])
 def test_few_columns_many_splits_give_the_same_bits_twice(device, dtype, batch, select):
     x, weight_t = make(batch, 133, 150, device, dtype)
     if device == "cpu":
@@ -164,6 +165,30 @@ def test_few_columns_many_splits_give_the_same_bits_twice(device, dtype, batch, 
         assert torch.equal(*runs) and len(runs[0]) > 2
         y = kernel.combine(runs[0], None, None, False, dtype)[0]
         assert close(y, expected(x, weight_t, threshold, [150])[0])
+
+
+@pytest.mark.parametrize("limited", [True, False])
+def test_without_a_list_two_runs_give_the_same_bits(device, limited):
+    x, weight_t = make(1, 133, 150, device, torch.float16)
+    threshold = limits(2, device) if limited else None
+    widths = [100, 50] if limited else [150]
+    shape = Masked(channels=32, rows=16, columns=64, warps=4, weights=0)
+    (a, counts), (b, _) = (kernel.masked(x, weight_t, widths, shape, threshold=threshold) for _ in range(2))
+    wanted, active = expected(x, weight_t, threshold, widths)
+    assert torch.equal(a, b) and len(a) == 5 and close(a.sum(0).half(), wanted)
+    assert torch.equal(counts.sum(1), active[:, 0]) if limited else counts.numel() == 0
+
+
+def test_few_weights_need_no_list():
+    device = torch.device("cpu")
+    few, many = (4096, 4096), (4096, 12288)
+    assert path_for("auto", 1, *few, True, None, False, device) == "masked"
+    assert path_for("auto", 1, *few, True, None, True, device) == "threshold"  # a low-rank path
+    assert path_for("auto", 2, *few, True, 0.2, False, device) == "threshold"
+    assert path_for("auto", 1, *many, True, None, False, device) == "threshold"
+    assert path_for("auto", 1, *many, False, None, False, device) == "all"
+    assert path_for("mask", 1, *many, True, None, False, device) == "masked"
+    assert path_for("mask", 2, *many, True, 0.5, False, device) == "dense"
 
 
 def test_rows_at_any_distance(device):

@@ -8,7 +8,9 @@ ahead as it cannot do with 2-byte gathers. A split's sums are float32 partials, 
 by the `fill` of the next layer: no atomics on values, and two runs agree to the bit.
 
 Three small kernels are faster than one that does it all: the selection is made once instead of in every program, and
-`fill` and `combine` start while the kernel before them still runs (programmatic dependent launch).
+`fill` and `combine` start while the kernel before them still runs (programmatic dependent launch). Where the weights
+are so few that latency decides, `masked` is faster yet: no list, every program asks for all its weights at once, and
+those of small channels are masked.
 """
 
 from typing import Any
@@ -19,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_kernels.blocks import activate, begin
-from sparse_kernels.input_linear.launch import STATS_TILE, grid_for
+from sparse_kernels.input_linear.launch import STATS_TILE, Masked, grid_for, masked_grid
 from sparse_kernels.launch import Launch, interpreting, padded_batch, power_of_2, run
 
 DEAL = tl.constexpr(8)  # channels dealt to a split at a time: one sector of float32 partials
@@ -74,6 +76,72 @@ def input_at(x, place, inside, parts, stride_part, PARTS: tl.constexpr, DTYPE: t
 
 
 @triton.jit
+def constants(
+    k, inside, norm_weight, norm_bias, center, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, CENTER: tl.constexpr
+):
+    """float32 weight and bias of the norm and center of channels k, zero where there are none."""
+    weight = tl.zeros(k.shape, tl.float32)
+    shift = weight
+    middle = weight
+    if NORM != "":
+        weight = tl.load(norm_weight + k, mask=inside, other=0.0).to(tl.float32)
+    if NORM_BIAS:
+        shift = tl.load(norm_bias + k, mask=inside, other=0.0).to(tl.float32)
+    if CENTER:
+        middle = tl.load(center + k, mask=inside, other=0.0).to(tl.float32)
+    return weight, shift, middle
+
+
+@triton.jit
+def layer_input(
+    x, place, inside, row, inside_row, stats, weight, shift, middle, K, parts, stride_part,
+    NORM: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr,
+    TILE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr, PARTS: tl.constexpr,
+    DTYPE: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """float32 values of what the layer multiplies, at offsets `place` of x; rounded wherever torch rounds."""
+    v = input_at(x, place, inside, parts, stride_part, PARTS, DTYPE)
+    if ACTIVATION != "":
+        v = activate(v, ACTIVATION).to(DTYPE).to(tl.float32)
+        if GATED:
+            v = (v * input_at(x + K, place, inside, parts, stride_part, PARTS, DTYPE)).to(DTYPE).to(tl.float32)
+    if NORM != "":
+        mean, scale = row_scale(stats, row, inside_row, K, TILES, PADDED, TILE, NORM, EPS, AXIS)
+        v = (v - mean) * scale
+        if NORM == "rms":
+            v = v.to(DTYPE).to(tl.float32)
+        if NORM == "gemma":
+            weight += 1.0
+        v = v * weight
+        if NORM_BIAS:
+            v += shift
+        v = v.to(DTYPE).to(tl.float32)
+    if CENTER:
+        v = (v - middle).to(DTYPE).to(tl.float32)
+    return tl.where(inside, v, 0.0)
+
+
+@triton.jit
+def columns_of(tile, width0, width1, N, SEGMENTS: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
+    """(segment of a tile, the segment's first column, the tile's first column, the segment's end)."""
+    segment = 0
+    begin_n = 0
+    start_n = tile * COLUMNS
+    end_n = N
+    if SEGMENTS > 1:
+        tiles0 = tl.cdiv(width0, COLUMNS)
+        tiles1 = tiles0 + tl.cdiv(width1, COLUMNS)
+        segment = (tile >= tiles0).to(tl.int32) + (tile >= tiles1).to(tl.int32)
+        begin_n = tl.where(segment == 0, 0, tl.where(segment == 1, width0, width0 + width1))
+        end_n = tl.where(segment == 0, width0, tl.where(segment == 1, width0 + width1, N))
+        start_n = begin_n + (tile - tl.where(segment == 0, 0, tl.where(segment == 1, tiles0, tiles1))) * COLUMNS
+    if ALIGNED:
+        start_n = tl.multiple_of(start_n, 16)
+        end_n = tl.multiple_of(end_n, 16)
+    return segment, begin_n, start_n, end_n
+
+
+@triton.jit
 def fill_kernel(
     x, index, total, threshold, norm_weight, norm_bias, stats, center, list_index, list_value, list_count, like,
     B, K, stride_x, parts, stride_part,
@@ -121,12 +189,7 @@ def fill_kernel(
             limit = tl.load(threshold + segment * K + k, mask=inside_k, other=0.0)
         elif LIMIT:
             limit = tl.load(threshold + segment)
-        if NORM != "":
-            weight = tl.load(norm_weight + k, mask=inside_k, other=0.0).to(tl.float32)
-        if NORM_BIAS:
-            shift = tl.load(norm_bias + k, mask=inside_k, other=0.0).to(tl.float32)
-        if CENTER:
-            middle = tl.load(center + k, mask=inside_k, other=0.0).to(tl.float32)
+        weight, shift, middle = constants(k, inside_k, norm_weight, norm_bias, center, NORM, NORM_BIAS, CENTER)
         if SELECT != "list" and BATCH == 1:
             begin(PDL)
         if BATCH == 1:
@@ -135,25 +198,10 @@ def fill_kernel(
         else:
             place = row * stride_x + k[None, :]
             inside = inside_row & inside_k[None, :]
-        v = input_at(x, place, inside, parts, stride_part, PARTS, DTYPE)
-        if ACTIVATION != "":
-            v = activate(v, ACTIVATION).to(DTYPE).to(tl.float32)
-            if GATED:
-                v = (v * input_at(x + K, place, inside, parts, stride_part, PARTS, DTYPE)).to(DTYPE).to(tl.float32)
-        if NORM != "":
-            mean, scale = row_scale(stats, row, inside_row, K, TILES, PADDED, TILE, NORM, EPS, AXIS)
-            v = (v - mean) * scale
-            if NORM == "rms":
-                v = v.to(DTYPE).to(tl.float32)
-            if NORM == "gemma":
-                weight += 1.0
-            v = v * weight
-            if NORM_BIAS:
-                v += shift
-            v = v.to(DTYPE).to(tl.float32)
-        if CENTER:
-            v = (v - middle).to(DTYPE).to(tl.float32)
-        v = tl.where(inside, v, 0.0)
+        v = layer_input(
+            x, place, inside, row, inside_row, stats, weight, shift, middle, K, parts, stride_part,
+            NORM, NORM_BIAS, EPS, TILES, PADDED, TILE, ACTIVATION, GATED, CENTER, PARTS, DTYPE, AXIS,
+        )  # fmt: skip
         if LIMIT:
             keep = tl.abs(v) > limit
             if INVERT:
@@ -218,19 +266,7 @@ def linear_kernel(
     tile = tl.program_id(0)
     split = tl.program_id(1)
     DTYPE: tl.constexpr = weight.dtype.element_ty
-    segment = 0
-    start_n = tile * COLUMNS
-    end_n = N
-    if SEGMENTS > 1:
-        tiles0 = tl.cdiv(width0, COLUMNS)
-        tiles1 = tiles0 + tl.cdiv(width1, COLUMNS)
-        segment = (tile >= tiles0).to(tl.int32) + (tile >= tiles1).to(tl.int32)
-        begin_n = tl.where(segment == 0, 0, tl.where(segment == 1, width0, width0 + width1))
-        end_n = tl.where(segment == 0, width0, tl.where(segment == 1, width0 + width1, N))
-        start_n = begin_n + (tile - tl.where(segment == 0, 0, tl.where(segment == 1, tiles0, tiles1))) * COLUMNS
-    if ALIGNED:
-        start_n = tl.multiple_of(start_n, 16)
-        end_n = tl.multiple_of(end_n, 16)
+    segment, _, start_n, end_n = columns_of(tile, width0, width1, N, SEGMENTS, ALIGNED, COLUMNS)
     n = start_n + tl.arange(0, COLUMNS)
     inside_n = n < end_n
     b = tl.arange(0, BATCH)
@@ -253,11 +289,6 @@ def linear_kernel(
             k = tl.load(channels + p, mask=live, other=0)
         else:
             k = dealt(p, split, splits)
-        if SELECT == "mask":
-            chosen = (v != 0.0).to(tl.int32)
-            if BATCH > 1:
-                chosen = tl.max(chosen, 0)
-            live = live & (chosen != 0)
         w = tl.load(
             weight + k.to(tl.int64)[:, None] * stride_w + n[None, :],
             mask=live[:, None] & inside_n[None, :],
@@ -283,6 +314,62 @@ def linear_kernel(
         tl.store(place + n, tl.sum(acc, 0), mask=inside_n)
     else:
         tl.store(place + b[:, None] * N + n[None, :], acc, mask=(b < B)[:, None] & inside_n[None, :])
+
+
+@triton.jit
+def masked_kernel(
+    x, threshold, norm_weight, norm_bias, stats, center, weight, partial, counts,
+    K, N, width0, width1, splits, parts, stride_part, stride_w,
+    SEGMENTS: tl.constexpr, LIMIT: tl.constexpr, CHANNELWISE: tl.constexpr, INVERT: tl.constexpr, NORM: tl.constexpr,
+    NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr, PARTS: tl.constexpr, ALIGNED: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """partial[split, n] = sum over the split's CHANNELS of value[k] * weight[k, n], from the vector itself; one row.
+
+    The steps are unrolled and have no pipeline: all loads of a step are in flight at once.
+    """
+    tile = tl.program_id(0)
+    split = tl.program_id(1)
+    DTYPE: tl.constexpr = weight.dtype.element_ty
+    segment, begin_n, start_n, end_n = columns_of(tile, width0, width1, N, SEGMENTS, ALIGNED, COLUMNS)
+    n = start_n + tl.arange(0, COLUMNS)
+    inside_n = n < end_n
+    acc = tl.zeros([COLUMNS], tl.float32)
+    count = 0
+    for step in tl.static_range(CHANNELS // ROWS):
+        k = dealt(step * ROWS + tl.arange(0, ROWS), split, splits)
+        inside = k < K
+        if CHANNELWISE:
+            limit = tl.load(threshold + segment * K + k, mask=inside, other=0.0)
+        elif LIMIT:
+            limit = tl.load(threshold + segment)
+        scale, shift, middle = constants(k, inside, norm_weight, norm_bias, center, NORM, NORM_BIAS, CENTER)
+        if step == 0:
+            begin(PDL)
+        v = layer_input(
+            x, k, inside, 0, K > 0, stats, scale, shift, middle, K, parts, stride_part,
+            NORM, NORM_BIAS, EPS, TILES, PADDED, TILE, ACTIVATION, GATED, CENTER, PARTS, DTYPE, 0,
+        )  # fmt: skip
+        keep = inside
+        if LIMIT:
+            keep = tl.abs(v) > limit
+            if INVERT:
+                keep = keep == 0
+            keep = keep & inside
+            v = tl.where(keep, v, 0.0)
+            count += tl.sum(keep.to(tl.int32), 0)
+        w = tl.load(
+            weight + k.to(tl.int64)[:, None] * stride_w + n[None, :],
+            mask=keep[:, None] & inside_n[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        acc += tl.sum(v[:, None] * w.to(tl.float32), 0)
+    tl.store(partial + split.to(tl.int64) * N + n, acc, mask=inside_n)
+    if LIMIT:
+        if start_n == begin_n:
+            tl.store(counts + segment * splits + split, count)
 
 
 @triton.jit
@@ -344,28 +431,47 @@ def combine(
     return out, stats
 
 
-def run_fill(
-    x: Tensor, weight_t: Tensor, select: str, grid: tuple[int, int], slice_: int, list_index: Tensor,
-    list_value: Tensor, list_count: Tensor, common: dict[str, Any],
-    index: Tensor | None = None, count: Tensor | None = None, group: int = 1, threshold: Tensor | None = None,
-    invert: bool = False, norm: str = "", norm_weight: Tensor | None = None, norm_bias: Tensor | None = None,
-    eps: float = 0.0, stats: Tensor | None = None, activation: str = "", gated: bool = False,
+def prepared(
+    x: Tensor,
+    padded: int,
+    threshold: Tensor | None = None,
+    invert: bool = False,
+    norm: str = "",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 0.0,
+    stats: Tensor | None = None,
+    activation: str = "",
+    gated: bool = False,
     center: Tensor | None = None,
-) -> None:  # fmt: skip
+) -> dict[str, Any]:
+    """What a kernel is told to make a layer's input of x [B, K or 2 K], or of float32 parts of it, and to select."""
     parts = x.shape[0] if x.dim() == 3 else 0
-    batch, padded = x.shape[-2], common["BATCH"]
     tiles = 1 if stats is None else stats.shape[1]
-    run(
-        fill_kernel, grid,
-        x, index, count, threshold, norm_weight, norm_bias, stats, center, list_index, list_value, list_count,
-        weight_t, batch, weight_t.shape[0], x.stride(-2), parts, x.stride(0) if parts else 0,
-        GROUP=group, LIMIT=threshold is not None, CHANNELWISE=threshold is not None and threshold.dim() == 2,
-        INVERT=invert, NORM=norm, NORM_BIAS=norm_bias is not None, EPS=eps, TILES=tiles, PADDED=power_of_2(tiles),
-        TILE=STATS_TILE, ACTIVATION=activation, GATED=gated, CENTER=center is not None,
-        PARTS=0 if parts == 0 else (max(2, power_of_2(parts)) if padded == 1 else 1), SLICE=slice_,
-        CHUNK=slice_ if padded == 1 else min(slice_, FILLED // padded), num_warps=8 if parts or padded > 1 else 4,
+    return dict(
+        threshold=threshold, norm_weight=norm_weight, norm_bias=norm_bias, stats=stats, center=center, parts=parts,
+        stride_part=x.stride(0) if parts else 0, LIMIT=threshold is not None,
+        CHANNELWISE=threshold is not None and threshold.dim() == 2, INVERT=invert, NORM=norm,
+        NORM_BIAS=norm_bias is not None, EPS=eps, TILES=tiles, PADDED=power_of_2(tiles), TILE=STATS_TILE,
+        ACTIVATION=activation, GATED=gated, CENTER=center is not None,
+        PARTS=0 if parts == 0 else (max(2, power_of_2(parts)) if padded == 1 else 1),
         enable_fp_fusion=False,  # else a product and the sum it goes into become one operation, rounded once
-        **common,
+    )  # fmt: skip
+
+
+def run_fill(
+    x: Tensor, weight_t: Tensor, grid: tuple[int, int], slice_: int, list_index: Tensor, list_value: Tensor,
+    list_count: Tensor, common: dict[str, Any], index: Tensor | None = None, count: Tensor | None = None,
+    group: int = 1, **prepare: Any,
+) -> None:  # fmt: skip
+    batch, padded = x.shape[-2], common["BATCH"]
+    run(
+        fill_kernel, grid, x,
+        index=index, total=count, list_index=list_index, list_value=list_value, list_count=list_count, like=weight_t,
+        B=batch, K=weight_t.shape[0], stride_x=x.stride(-2), GROUP=group, SLICE=slice_,
+        CHUNK=slice_ if padded == 1 else min(slice_, FILLED // padded),
+        num_warps=8 if x.dim() == 3 or padded > 1 else 4,
+        **prepared(x, padded, **prepare), **common,
     )  # fmt: skip
 
 
@@ -376,7 +482,7 @@ def dense(x: Tensor, weight_t: Tensor, widths: list[int], **prepare: Any) -> Ten
     value = torch.empty(len(widths), batch, channels, dtype=weight_t.dtype, device=device)
     common = dict(SELECT="dense", BATCH=padded, SLOTS=1, ROWS=1)
     splits = triton.cdiv(channels, DENSE_SLICE)
-    run_fill(x, weight_t, "dense", (splits, len(widths)), DENSE_SLICE, value, value, value, common, **prepare)
+    run_fill(x, weight_t, (splits, len(widths)), DENSE_SLICE, value, value, value, common, **prepare)
     if len(widths) == 1:
         return value[0] @ weight_t
     out = torch.empty(batch, width, dtype=weight_t.dtype, device=device)
@@ -400,8 +506,8 @@ def linear(
 ) -> tuple[Tensor, Tensor]:
     """(partial float32 [splits, B, N], counts int32 [segments, splits], empty unless select is "threshold").
 
-    x: [B, K or 2 K] of the weight's dtype, or float32 partials of it [parts, B, K or 2 K]; prepare: what `run_fill`
-    takes to make the layer's input of it.
+    x: [B, K or 2 K] of the weight's dtype, or float32 partials of it [parts, B, K or 2 K]; prepare: what `prepared`
+    takes to make the layer's input of it. select: "list" (index, count: of groups of channels), "threshold" or "all".
     """
     batch, device, (channels, width) = x.shape[-2], x.device, weight_t.shape
     padded, segments = padded_batch(batch), len(widths)
@@ -417,7 +523,7 @@ def linear(
     partial = torch.empty(splits, batch, width, dtype=torch.float32, device=device)
     common = dict(SELECT=select, BATCH=padded, SLOTS=slots, ROWS=rows)
     run_fill(
-        x, weight_t, select, (splits, segments), slice_, list_index, list_value, list_count, common,
+        x, weight_t, (splits, segments), slice_, list_index, list_value, list_count, common,
         index=index, count=count, group=group, **prepare,
     )  # fmt: skip
     run(
@@ -431,3 +537,23 @@ def linear(
         **common,
     )  # fmt: skip
     return partial, list_count[: segments if select == "threshold" else 0]
+
+
+def masked(
+    x: Tensor, weight_t: Tensor, widths: list[int], config: Masked | None = None, **prepare: Any
+) -> tuple[Tensor, Tensor]:
+    """What `linear` returns, of one row, without a list."""
+    device, (channels, width), segments = x.device, weight_t.shape, len(widths)
+    config, columns, tiles, splits = masked_grid(channels, widths, device, config)
+    partial = torch.empty(splits, 1, width, dtype=torch.float32, device=device)
+    options = prepared(x, 1, **prepare)
+    counts = torch.empty(segments if options["LIMIT"] else 0, splits, dtype=torch.int32, device=device)
+    run(
+        masked_kernel, (tiles, splits), x,
+        weight=weight_t, partial=partial, counts=counts, K=channels, N=width, width0=widths[0],
+        width1=widths[1] if segments > 1 else 0, splits=splits, stride_w=weight_t.stride(0),
+        SEGMENTS=segments, ALIGNED=all(w % 16 == 0 for w in widths), CHANNELS=config.channels, ROWS=config.rows,
+        COLUMNS=columns, **options,
+        num_warps=config.warps if options["LIMIT"] else 2 * config.warps,  # else the steps merge, and registers spill
+    )  # fmt: skip
+    return partial, counts

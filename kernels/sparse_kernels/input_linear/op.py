@@ -6,7 +6,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparse_kernels.activations import ACTIVATIONS
 from sparse_kernels.input_linear import naive
-from sparse_kernels.input_linear.launch import CROSSOVER, STATS_TILE, cdiv, grid_for, union
+from sparse_kernels.input_linear.launch import STATS_TILE, cdiv, grid_for, masked_grid, path_for
 from sparse_kernels.launch import (
     require,
     require_input,
@@ -17,7 +17,7 @@ from sparse_kernels.launch import (
 )
 
 NORMS = ("", "rms", "layer", "gemma")
-SELECTS = ("threshold", "mask")
+SELECTS = ("auto", "list", "mask")
 
 
 def input_linear(
@@ -60,7 +60,7 @@ def threshold_linear(
     threshold: Tensor | None,
     widths: list[int] | None = None,
     *,
-    select: str = "threshold",
+    select: str = "auto",
     invert: bool = False,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -84,8 +84,8 @@ def threshold_linear(
     [parts, B, K or 2 K], whose sum it then is. weight_t: [K, N], the transposed weights of one or more layers side by
     side, `widths` outputs each (at most 3; default [N]). threshold: float32 [len(widths)] or [len(widths), K]: a layer
     reads channel k where any row has |v_k| above it, and counts smaller values as zero; None reads everything.
-    select: "threshold" streams a list of the channels, "mask" masks the loads of all. invert: keep the values that are
-    not above the threshold instead.
+    select: "list" streams a list of the channels, "mask" masks the loads of all (one row without a low-rank path, else
+    it is "list"), "auto" takes the faster one. invert: keep the values that are not above the threshold instead.
 
     v is made from x: activation: one of ACTIVATIONS, act(x), or act(x[:, :K]) * x[:, K:] if gated; norm: "rms",
     "gemma" (RMS norm times 1 + weight) or "layer", with norm_weight [K], norm_bias [K] or None, eps, and stats float32
@@ -238,21 +238,24 @@ def _threshold_linear(
         y, counts = naive.threshold_linear(
             x, weight_t, threshold, widths, bias=bias, residual=residual, **prepare, **path
         )
-        counts = counts if threshold is not None and select == "threshold" else counts[:0]
+        counts = counts if threshold is not None else counts[:0]
         if partial:
             return y[None].float(), counts, none
         return y, counts, naive.row_stats(y, STATS_TILE) if with_stats else none
     from sparse_kernels.input_linear import kernel
 
-    batch = x.shape[-2]
-    if threshold is None:
-        select, widths = "all", [weight_t.shape[1]]
-    if batch > 1 and (threshold is None or (density is not None and union(density, batch) > CROSSOVER)):
-        y = kernel.dense(x, weight_t, widths, threshold=threshold, stats=stats, **prepare)
+    limited = threshold is not None
+    how = path_for(select, x.shape[-2], *weight_t.shape, limited, density, side is not None, x.device)
+    prepare |= dict(threshold=threshold, stats=stats)
+    widths = widths if limited else [weight_t.shape[1]]
+    if how == "dense":
+        y = kernel.dense(x, weight_t, widths, **prepare)
         parts = (y if side is None else torch.addmm(y, side, side_up))[None].float()
         counts = x.new_empty(0, 1, dtype=torch.int32)
+    elif how == "masked":
+        parts, counts = kernel.masked(x, weight_t, widths, **prepare)
     else:
-        parts, counts = kernel.linear(x, weight_t, select, widths, threshold=threshold, stats=stats, **prepare, **path)
+        parts, counts = kernel.linear(x, weight_t, how, widths, **prepare, **path)
     if partial:
         return parts, counts, none
     y, y_stats = kernel.combine(parts, bias, residual, with_stats, weight_t.dtype)
@@ -263,12 +266,16 @@ def _threshold_linear(
 def _(x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm_weight, norm_bias, eps, stats,
       activation, gated, center, side, side_up, with_stats, partial, density):  # fmt: skip
     batch, (channels, width) = x.shape[-2], weight_t.shape
-    dense = batch > 1 and (threshold is None or (density is not None and union(density, batch) > CROSSOVER))
-    dense = dense and x.device.type != "cpu"
-    splits = grid_for(batch, channels, list(widths) if threshold is not None else [width], x.device).splits
-    splits = 1 if dense else splits
-    listed = threshold is not None and select == "threshold" and not dense
-    counts = x.new_empty(len(widths) if listed else 0, splits, dtype=torch.int32)
+    limited = threshold is not None
+    how = path_for(select, batch, channels, width, limited, density, side is not None, x.device)
+    how = "list" if x.device.type == "cpu" and how == "dense" else how
+    widths = list(widths) if limited else [width]
+    splits = 1
+    if how == "masked":
+        splits = masked_grid(channels, widths, x.device).splits
+    elif how != "dense":
+        splits = grid_for(batch, channels, widths, x.device).splits
+    counts = x.new_empty(len(widths) if limited and how != "dense" else 0, splits, dtype=torch.int32)
     y_stats = x.new_empty(batch, cdiv(width, STATS_TILE) if with_stats else 0, 2, dtype=torch.float32)
     if partial:
         return x.new_empty(splits, batch, width, dtype=torch.float32), counts, y_stats
