@@ -53,18 +53,18 @@ class Shape:
 
     linears: dict[tuple[int, str], int]  # weights of every linear layer in the blocks, by (block, name)
     head: int  # weights of lm_head
-    query: int  # query heads x head size, all blocks
-    kv: int  # elements a token adds to the cache, keys and values, all blocks
+    query: dict[int, int]  # query heads x head size, by block
+    kv: dict[int, int]  # elements a token adds to the cache, keys and values, by block
     itemsize: int  # bytes per weight and per cache element
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Shape:
         linears: dict[tuple[int, str], int] = {}
-        query = kv = 0
+        query, kv = {}, {}
         for block in blocks(model):
             linears.update({(block.index, name): linear.weight.numel() for name, linear in block.linears.items()})
-            query += block.linears["q"].out_features
-            kv += sum(block.linears[name].out_features for name in "kv" if name in block.linears)
+            query[block.index] = block.linears["q"].out_features
+            kv[block.index] = sum(block.linears[name].out_features for name in "kv" if name in block.linears)
         head = model.get_output_embeddings().weight
         return cls(linears, head.numel(), query, kv, head.element_size())
 
@@ -82,17 +82,22 @@ def densities(handle: SparseModel, shape: Shape, unions: bool = False) -> dict[t
     """Realised density of every linear layer in the blocks, from the handle's meter; 1 where nothing is sparse.
 
     unions: the share of units that any sequence of the batch used, from one-position passes, instead of the mean
-    over tokens. A site that the meter has not seen counts as dense.
+    over tokens. A site that the meter has not seen counts as dense. (block, "attention"), where a layer leaves out
+    heads, is always a mean over tokens: every sequence has a cache of its own.
     """
     import torch
 
+    def mean(layer: Any, counted: dict[tuple[str, int], list[Any]]) -> float:
+        counts = counted.get((layer.site, layer.layer))
+        flat = torch.cat([c.reshape(-1) for c in counts]).double() if counts else None
+        return 1.0 if flat is None else float(flat.mean()) / layer.units
+
     found = dense_layers(shape)
     for layer in handle.layers():
-        counts = (handle.meter.unions if unions else handle.meter.counts).get((layer.site, layer.layer))
-        if counts:
-            flat = torch.cat([c.reshape(-1) for c in counts]).double()
-            density = float(flat.mean()) / layer.units
-            found.update({(layer.layer, name): density for name in layer.linears()})
+        density = mean(layer, handle.meter.unions if unions else handle.meter.counts)
+        found.update({(layer.layer, name): density for name in layer.linears()})
+        if layer.attends:
+            found[layer.layer, "attention"] = mean(layer, handle.meter.counts)
     return found
 
 
@@ -121,8 +126,18 @@ def model_density(shape: Shape, found: dict[tuple[int, str], float]) -> float:
 
 
 def _active(shape: Shape, found: dict[tuple[int, str], float]) -> float:
-    # Products of integers when every density is 1, so that the null method's count is exactly the dense one.
-    return sum(weights if found[key] == 1.0 else weights * found[key] for key, weights in shape.linears.items())
+    return _weighted(shape.linears, found)
+
+
+def _attended(elements: dict[int, int], found: dict[tuple[int, str], float]) -> float:
+    """These elements of every block, as far as attention reads them."""
+    return _weighted({(block, "attention"): n for block, n in elements.items()}, found)
+
+
+def _weighted(sizes: dict[tuple[int, str], int], found: dict[tuple[int, str], float]) -> float:
+    # Sums of integers when every density is 1, so that the null method's count is exactly the dense one.
+    densities = ((n, found.get(key, 1.0)) for key, n in sizes.items())
+    return sum(n if density == 1.0 else n * density for n, density in densities)
 
 
 def decode_cost(
@@ -135,9 +150,9 @@ def decode_cost(
 ) -> Decode:
     """tokens: density per token (FLOPs follow it); union: density over the batch (bytes follow it); overhead: router
     parameters, read and multiplied in full."""
-    attention = 4 * shape.query * context  # scores and values, 2 FLOPs per multiply-add each
-    kv = shape.kv * context * shape.itemsize
-    dense_flops = 2 * (shape.dense + shape.head) + attention
+    attention = 4 * context * _attended(shape.query, tokens)  # scores and values, 2 FLOPs per multiply-add each
+    kv = round(_attended(shape.kv, tokens) * context * shape.itemsize)
+    dense_flops = 2 * (shape.dense + shape.head) + 4 * context * sum(shape.query.values())
     weights = (_active(shape, union) + shape.head) * shape.itemsize / batch
     extra = overhead * shape.itemsize / batch
     return Decode(
@@ -146,7 +161,8 @@ def decode_cost(
         flops_dense=dense_flops,
         flops=round(2 * (_active(shape, tokens) + shape.head) + attention + 2 * overhead),
         flops_overhead=2 * overhead,
-        bytes_dense=round((shape.dense + shape.head) * shape.itemsize / batch) + kv,
+        bytes_dense=round((shape.dense + shape.head) * shape.itemsize / batch)
+        + sum(shape.kv.values()) * context * shape.itemsize,
         bytes=round(weights + extra) + kv,
         bytes_weights=round(weights),
         bytes_kv=kv,
@@ -158,11 +174,14 @@ def prefill_cost(
     shape: Shape, tokens: dict[tuple[int, str], float], overhead: int, context: int, share: float
 ) -> Prefill:
     """share: how many of the prompt's positions are sparse (0 in mode decode, 1 in mode all)."""
-    attention = 2 * shape.query * context * (context + 1)  # the causal half
-    dense = 2 * (shape.dense * context + shape.head) + attention
+    query = sum(shape.query.values())
     sparse = round(share * context)
-    executed = shape.dense * (context - sparse) + (_active(shape, tokens) + overhead) * sparse
-    return Prefill(context, dense, round(2 * (executed + shape.head)) + attention)
+    prefix = context - sparse
+    causal, before = (2 * length * (length + 1) for length in (context, prefix))  # the causal half
+    dense = 2 * (shape.dense * context + shape.head) + query * causal
+    executed = shape.dense * prefix + (_active(shape, tokens) + overhead) * sparse
+    attention = query * before + _attended(shape.query, tokens) * (causal - before)
+    return Prefill(context, dense, round(2 * (executed + shape.head) + attention))
 
 
 def record(handle: SparseModel, shape: Shape, context: int, batch: int) -> tuple[dict[str, Any], dict[str, Any] | None]:

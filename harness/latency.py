@@ -294,8 +294,8 @@ class Bench:
         if self.gpu:
             torch.cuda.synchronize()
             for layer in handle.layers():
-                if layer.count is not None:
-                    handle.meter.unions[layer.site, layer.layer].append(layer.count.sum().cpu())
+                if layer.read is not None:
+                    handle.meter.unions[layer.site, layer.layer].append(layer.read.cpu())
 
     @torch.no_grad()
     def count(self, handle: SparseModel) -> None:

@@ -280,8 +280,11 @@ def estimate(cell: Cell) -> dict[str, Any]:
         shape = cost.Shape.of(AutoModelForCausalLM.from_config(configuration, dtype=getattr(torch, cell.dtype)))
     sites = set(info(cell.method).sites)
     sites |= {"gate", "up", "down"} if "ffn" in sites else set()
+    sites |= {"o", "attention"} if "heads" in sites else set()
     density = 1.0 if cell.density is None else cell.density
-    found = {key: density if key[1] in sites else 1.0 for key in shape.linears}
+    found = {
+        key: density if key[1] in sites else 1.0 for key in (*shape.linears, *((b, "attention") for b in shape.kv))
+    }
     spent = asdict(cost.decode_cost(shape, found, found, 0, cell.context, cell.batch))
     return {"GFLOP/token": f"{spent['flops'] / 1e9:.3f}", "MB/token": f"{spent['bytes'] / 1e6:.1f}", "_shape": shape}
 

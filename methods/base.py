@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from sparse_kernels.layers import Meter, Phase
+    from sparse_kernels.selectors import Tap
 
 
 class Progress(Protocol):
@@ -95,7 +96,7 @@ class Method:
         return self.artifact(model, density, {}, {"synthetic": True})
 
     def attach(self, attachment: Attachment) -> None:
-        """Puts the method's layers in place through `attachment.replace` and `attachment.set_parameter`."""
+        """Puts the method's layers in place through `attachment.replace`, `.set_parameter` and `.tap`."""
 
     def artifact(
         self, model: PreTrainedModel, density: float | None, tensors: dict[str, Tensor], manifest: dict[str, Any]
@@ -104,10 +105,14 @@ class Method:
 
 
 class Attachment:
-    """Replaces modules and parameters of a model, and puts the very same objects back."""
+    """Replaces modules and parameters of a model, and puts the very same objects back.
+
+    taps: where selectors listen, by place and block.
+    """
 
     def __init__(self, model: PreTrainedModel, artifact: Artifact, phase: Phase, meter: Meter) -> None:
         self.model, self.artifact, self.phase, self.meter = model, artifact, phase, meter
+        self.taps: dict[tuple[str, int], Tap] = {}
         self._undo: list[Callable[[], None]] = []
 
     def replace(self, path: str, module: nn.Module) -> None:
@@ -126,6 +131,26 @@ class Attachment:
         assert original is not None
         parent._parameters[name] = nn.Parameter(value.to(original), requires_grad=False)
         self._undo.append(lambda: parent._parameters.__setitem__(name, original))
+
+    def tap(self, place: str, block: int) -> Tap:
+        """The hidden state at one of `families.PLACES` of a block; it is kept until the block after the next one."""
+        from sparse_kernels.selectors import Tap
+
+        from .families import layout_of, place_path
+
+        if (place, block) not in self.taps:
+            # Every second block writes to the same tap: what is held does not grow with the model's depth.
+            same = (tap for (other, index), tap in self.taps.items() if other == place and (index - block) % 2 == 0)
+            tap = self.taps[place, block] = next(same, None) or Tap()
+            layout = layout_of(self.model.config)
+            path = f"{layout.layers}.{block}.{place_path(layout, place)}".rstrip(".")
+
+            def listen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                tap.value = args[0] if args else kwargs["hidden_states"]
+
+            hook = self.model.get_submodule(path).register_forward_pre_hook(listen, with_kwargs=True)
+            self._undo.append(hook.remove)
+        return self.taps[place, block]
 
     def undo(self) -> None:
         while self._undo:
@@ -148,6 +173,7 @@ class SparseModel:
         except BaseException:
             self._attachment.undo()
             raise
+        self.taps = self._attachment.taps
         self._layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
         self._hook = model.register_forward_pre_hook(self._set_phase, with_kwargs=True)
 

@@ -83,6 +83,8 @@ LAYOUTS: dict[str, Layout] = {
     "opt": OPT,
 }
 
+MAX_GROUP = 32  # query heads that share keys and values, in the kernels
+
 ACTIVATION_NAMES = {
     "silu": "silu",
     "swish": "silu",
@@ -139,6 +141,48 @@ def blocks(model: PreTrainedModel) -> Iterator[Block]:
         yield Block(index, f"{layout.layers}.{index}", module, linears, layout)
 
 
+PLACES = ("block_in", "attn_norm", "mlp_in")  # where a block's hidden state can be tapped, in the order of computation
+
+
+def place_path(layout: Layout, place: str) -> str:
+    """The module of a block, "" for itself, whose input is the hidden state at this place.
+
+    block_in: the residual stream before attention; attn_norm: the same after attention's norm, what q, k and v read;
+    mlp_in: the residual stream after attention.
+    """
+    assert layout.norms is not None and place in PLACES
+    return {"block_in": "", "attn_norm": layout.linears["q"], "mlp_in": layout.norms[1]}[place]
+
+
+def heads_of(config: Any) -> tuple[int, int]:
+    """How many query heads and KV groups an attention layer has."""
+    heads = config.num_attention_heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads
+
+
+def neurons_of(config: Any) -> int:
+    """How many neurons an FFN has."""
+    return getattr(config, "intermediate_size", None) or config.ffn_dim
+
+
+def why_no_heads(method: str, config: Any) -> str | None:
+    """One sentence when attention heads of a model with this config cannot be left out one group at a time."""
+    if layout_of(config).norms is None or getattr(config, "do_layer_norm_before", True) is False:
+        return (
+            f"{method} needs blocks with one norm before attention and one before the FFN, which {config.model_type} "
+            "has not: choose a Llama, Mistral, Qwen or OPT model."
+        )
+    heads, groups = heads_of(config)
+    if heads % groups or heads > MAX_GROUP * groups:
+        return (
+            f"{method} keeps or drops KV groups whole, with 1 to {MAX_GROUP} query heads each: "
+            f"{heads} heads cannot be grouped by {groups}."
+        )
+    if groups == 1:
+        return f"{method} needs more than one KV group to choose from, this model has one for its {heads} heads."
+    return None
+
+
 def why_no_experts(method: str, config: Any, size: int) -> str | None:
     """One sentence when an FFN of this config cannot be split into experts of `size` neurons, else None."""
     try:
@@ -147,7 +191,7 @@ def why_no_experts(method: str, config: Any, size: int) -> str | None:
         return str(error)
     if layout_of(config).own_selection:
         return f"{method} cannot replace the FFNs of {config.model_type}, which select their neurons themselves."
-    width = getattr(config, "intermediate_size", None) or config.ffn_dim
+    width = neurons_of(config)
     if width % size == 0:
         return None
     fits = max(s for s in range(1, size + 1) if width % s == 0)

@@ -28,6 +28,8 @@ BUILT_IN = {
     "lte": "methods.lte:Lte",
     "moefication": "methods.moefication:Moefication",
     "d2dmoe": "methods.d2dmoe:D2dmoe",
+    "dejavu": "methods.dejavu:Dejavu",
+    "polar": "methods.polar:Polar",
     "spark": "methods.spark:Spark",
     "dense-finetuned": "methods.dense_finetuned:DenseFinetuned",
 }

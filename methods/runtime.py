@@ -17,13 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from sparse_kernels import attention_decode, residual_norm, rope_cache_write, row_stats, threshold_linear
-from sparse_kernels.layers import FAST_ROWS, SparseLayer, SparseLinear
+from sparse_kernels.heads import SelectiveHeads
+from sparse_kernels.layers import FAST_ROWS, ExpertFFN, SparseLayer, SparseLinear
 
 from .errors import UsageError
 from .families import activation_of, layout_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from sparse_kernels.selectors import Tap
 
     from .base import SparseModel
 
@@ -47,8 +50,8 @@ class Projection:
     """
 
     def __init__(self, modules: list[nn.Module], share: bool) -> None:
-        linears: list[Any] = [m.linear if isinstance(m, SparseLinear) else m for m in modules]
-        self.layers = [m if isinstance(m, SparseLinear) else None for m in modules]
+        linears: list[Any] = [getattr(m, "linear", m) for m in modules]
+        self.layers: list[Any] = [m if getattr(m, "threshold", None) is not None else None for m in modules]
         self.widths = [linear.out_features for linear in linears]
         self.weight_t = torch.cat([linear.weight.detach() for linear in linears]).t().contiguous()
         given = [linear.bias for linear in linears]
@@ -88,6 +91,10 @@ class Norm:
         self.weight, self.bias = module.weight, getattr(module, "bias", None)
         self.eps = float(getattr(module, NORMS[self.kind]))
 
+    def __call__(self, h: Tensor) -> Tensor:
+        """The norm of h by itself, for who else needs it."""
+        return residual_norm(h, None, self.weight, self.bias, self.eps, self.kind)[1]
+
     def options(self, stats: Tensor) -> dict[str, Any]:
         return dict(norm=self.kind, norm_weight=self.weight, norm_bias=self.bias, eps=self.eps, stats=stats)
 
@@ -96,15 +103,26 @@ class FastBlock:
     """One decoder block: `forward` takes the place of the module's own, which it calls whenever it cannot serve."""
 
     def __init__(
-        self, model: PreTrainedModel, module: Any, index: int, last: bool, step: Step, phase: Any, share: bool
+        self,
+        model: PreTrainedModel,
+        module: Any,
+        index: int,
+        last: bool,
+        step: Step,
+        phase: Any,
+        taps: dict[str, Tap],
+        share: bool,
     ) -> None:
         layout = layout_of(model.config)
         find = module.get_submodule
+        self.taps = taps
         self.module, self.slow, self.index, self.last = module, module.forward, index, last
         self.step, self.phase = step, phase
         attention: Any = find("self_attn")
         self.qkv = Projection([find(layout.linears[name]) for name in "qkv"], share)
-        self.o = Projection([find(layout.linears["o"])], share)
+        output = find(layout.linears["o"])
+        self.o = Projection([output], share)
+        self.heads = output if isinstance(output, SelectiveHeads) else None
         assert layout.norms is not None  # `why_not` has seen to it
         self.first, self.second = (Norm(find(path)) for path in layout.norms)
         self.dim: int = attention.head_dim
@@ -115,14 +133,16 @@ class FastBlock:
         self.head_eps = float(getattr(getattr(attention, "q_norm", None), "variance_epsilon", 1e-6))
         self.ffn: Any = None
         leader = find(layout.ffn[0])
-        if isinstance(leader, SparseLayer) and not isinstance(leader, SparseLinear):
+        whole = isinstance(leader, ExpertFFN) and leader.selector is None
+        if isinstance(leader, SparseLayer) and not isinstance(leader, SparseLinear) and not whole:
             self.ffn = leader
             leader.materialize()
         else:
-            names = ("gate", "up") if "gate" in layout.linears else ("up",)
-            self.up = Projection([find(layout.linears[name]) for name in names], share)
-            self.down = Projection([find(layout.linears["down"])], share)
-            self.activation, self.gated = activation_of(model.config), len(names) == 2
+            names = [name for name in ("gate", "up", "down") if name in layout.linears]
+            *before, down = leader.linears().values() if whole else (find(layout.linears[name]) for name in names)
+            self.up, self.down = Projection(before, share), Projection([down], share)
+            self.activation = leader.activation if whole else activation_of(model.config)
+            self.gated = len(before) == 2
 
     def restore(self) -> None:
         """Puts the module's own forward and weights back."""
@@ -152,7 +172,12 @@ class FastBlock:
         assert step.lengths is not None
         stats = step.stats if step.hidden is hidden_states and step.stats is not None else row_stats(h)
 
-        qkv, _ = self.qkv(h, **self.first.options(stats))
+        if "attn_norm" in self.taps:
+            x = self.first(h)
+            self._tell("attn_norm", x)
+            qkv, _ = self.qkv(x)
+        else:
+            qkv, _ = self.qkv(h, **self.first.options(stats))
         q, k, v = (part.view(batch, -1, self.dim) for part in qkv.split(self.qkv.widths, 1))
         position = layer.cumulative_length.reshape(1)
         embeddings = kwargs.get("position_embeddings") or (None, None)
@@ -162,21 +187,32 @@ class FastBlock:
         )
         # A query that the model scales itself is rounded before the product with the keys.
         q, scale = (q * self.scale, 1.0) if self.scaled_query else (q, self.scale)
-        mixed = attention_decode(q, layer.keys, layer.values, step.lengths, scale=scale).view(batch, -1)
+        lists = None if self.heads is None else self.heads.lists(batch)
+        mixed = attention_decode(q, layer.keys, layer.values, step.lengths, lists, scale).view(batch, -1)
+        if self.heads is not None and lists is None:
+            mixed = self.heads.kept(mixed)
+        density = None if self.heads is None else self.heads.density
 
         if self.ffn is None:
-            h, stats = self.o(mixed, residual=h, with_stats=True)
+            h, stats = self.o(mixed, residual=h, with_stats=True, density=density)
+            self._tell("mlp_in", h)
             x, _ = self.up(h, partial=self.up.bias is None, **self.second.options(stats))
             h, stats = self.down(x, activation=self.activation, gated=self.gated, residual=h, with_stats=True)
         else:
-            mixed, _ = self.o(mixed)
+            mixed, _ = self.o(mixed, density=density)
             h, x = residual_norm(mixed, h, self.second.weight, self.second.bias, self.second.eps, self.second.kind)
+            self._tell("mlp_in", h)
             h = h + self.ffn(x[:, None])[:, 0]
             stats = row_stats(h)
         if self.last:
             torch._foreach_add_([entry.cumulative_length for entry in cache.layers], 1)
         step.hidden, step.stats = h[:, None], stats
         return step.hidden
+
+    def _tell(self, place: str, value: Tensor) -> None:
+        """Leaves a hidden state where somebody listens; the block's own input comes through its hook."""
+        if place in self.taps:
+            self.taps[place].value = value
 
 
 def why_not(model: PreTrainedModel) -> str | None:
@@ -219,7 +255,8 @@ def runtime(
     blocks: list[FastBlock] = []
     try:
         for index, module in enumerate(modules):
-            blocks.append(FastBlock(model, module, index, index + 1 == len(modules), step, phase, share))
+            taps = {} if handle is None else {place: tap for (place, at), tap in handle.taps.items() if at == index}
+            blocks.append(FastBlock(model, module, index, index + 1 == len(modules), step, phase, taps, share))
         for block in blocks:
             block.module.forward = block.forward
         yield blocks

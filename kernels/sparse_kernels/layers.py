@@ -71,9 +71,12 @@ class SparseLayer(nn.Module, ABC):
     """What the harness needs to know of any layer that skips work.
 
     site: the name under which density is reported; units: how many units a selection chooses from;
-    linears: the matrices whose cost is proportional to density; overhead: parameters always read (a router).
-    count: int32 on the device, whose sum is the number of units read by the last fast pass.
+    linears: the matrices whose cost is proportional to density; overhead: parameters always read (a router);
+    attends: whether a token's attention, and what it reads of the cache, is proportional to its density too.
+    count: int32 on the device, whose sum tells `read` what the last fast pass read.
     """
+
+    attends = False
 
     def __init__(self, site: str, layer: int, phase: Phase, meter: Meter) -> None:
         super().__init__()
@@ -95,10 +98,21 @@ class SparseLayer(nn.Module, ABC):
     def overhead(self) -> int:
         return 0
 
+    @property
+    def read(self) -> Tensor | None:
+        """How many units the last fast pass read for all its rows together, on the device."""
+        return None if self.count is None else self.count.sum()
+
     def fast(self, x: Tensor) -> bool:
         """True where the kernels serve this call: a decode step on a GPU, all of it sparse, nobody counting."""
         rows = x.numel() // x.shape[-1]
         return x.is_cuda and self.phase.active is True and rows <= FAST_ROWS and not self.meter.enabled
+
+    def dense(self, x: Tensor) -> None:
+        """Reports to the meter that x [..., d] is computed with all units."""
+        self.count = None
+        if self.meter.enabled and self.phase.active is not False:
+            self.mask(x.new_ones(*x.shape[:-1], self.units, dtype=torch.bool))
 
     def mask(self, keep: Tensor) -> Tensor:
         """keep [..., units] with every dense position switched fully on; also reports it to the meter."""
@@ -188,12 +202,9 @@ class ExpertFFN(SparseLayer):
         self.set_selector(selector)
 
     def set_selector(self, selector: Selector | None) -> None:
-        """Weights take the dtype of the FFN's, thresholds stay float32."""
         self.selector = selector
         if selector is not None:
-            selector.to(self.up.weight.device)
-            for parameter in selector.parameters():
-                parameter.data = parameter.data.to(self.up.weight.dtype)
+            selector.match(self.up.weight)
 
     @property
     def units(self) -> int:
@@ -224,9 +235,15 @@ class ExpertFFN(SparseLayer):
         return h.unflatten(-1, (self.units, -1))
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.selector is None or self.phase.active is False:
+        fast = self.fast(x)
+        if (
+            self.selector is None
+            or self.phase.active is False
+            or (fast and self.selector.idle(x.numel() // x.shape[-1]))
+        ):
+            self.dense(x)
             return self.down(self.hidden(x).flatten(-2))
-        if self.fast(x):
+        if fast:
             return self._skip(x.reshape(-1, x.shape[-1]), self.selector).view(*x.shape[:-1], -1)
         h = self.hidden(x)
         keep = self.mask(self.selector(x, h)).unsqueeze(-1)

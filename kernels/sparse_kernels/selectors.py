@@ -24,13 +24,21 @@ RULES = ("threshold", "relative", "top-k", "statistical")
 Selected = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
+class Tap:
+    """The hidden state at one place of the model, [..., d], as the pass now running left it there."""
+
+    value: Tensor | None = None
+
+
 class Selector(nn.Module, ABC):
     """units: experts to choose from; threshold: float32 [1], of every rule but top-k, which has k.
 
-    fast: whether `select` exists; overhead: parameters that scoring reads. Raises ValueError for an unknown rule.
+    fast: whether `select` exists; overhead: parameters that scoring reads; tap: where the hidden state that is scored
+    comes from, None for the layer's own input. Raises ValueError for an unknown rule.
     """
 
     fast = True
+    tap: Tap | None = None
     threshold: Tensor
     everything: Tensor
 
@@ -47,6 +55,19 @@ class Selector(nn.Module, ABC):
     @property
     def overhead(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def match(self, weight: Tensor) -> None:
+        """Goes to the device of a layer's weight; parameters take its dtype, thresholds stay float32."""
+        self.to(weight.device)
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(weight.dtype)
+
+    def heard(self, x: Tensor) -> Tensor:
+        """What is scored in place of a layer's input x [..., d]: the tap's value for the same tokens."""
+        if self.tap is None:
+            return x
+        assert self.tap.value is not None
+        return self.tap.value.reshape(*x.shape[:-1], -1)
 
     @abstractmethod
     def scores(self, x: Tensor, hidden: Tensor) -> Tensor:
@@ -74,12 +95,21 @@ class Selector(nn.Module, ABC):
         """
         raise NotImplementedError
 
+    def idle(self, rows: int) -> bool:
+        """Whether a batch of this many rows is better served by all units."""
+        return False
+
+    def lists(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Fast path for rows [B, d] that select for themselves: (index int32 [B, S], count int32 [B])."""
+        raise NotImplementedError
+
 
 class Router(Selector):
     """Scores act(B hidden(A x)) of two linear layers, or act(A x + bias) of one.
 
     layers: (A [units, d],) or (A [rank, d], B [units, rank]); bias: [units] or None; hidden, activation: "identity",
-    "relu", "tanh" or "abs"; normalize: divide x by its Euclidean norm first.
+    "relu", "tanh" or "abs"; normalize: divide x by its Euclidean norm first; pool: A has [units * pool, d], and a unit
+    scores the best of its `pool` outputs (one layer, top-k).
     """
 
     def __init__(
@@ -92,19 +122,22 @@ class Router(Selector):
         hidden: str = "identity",
         activation: str = "identity",
         normalize: bool = False,
+        pool: int = 1,
     ) -> None:
-        if len(layers) not in (1, 2) or (bias is not None and len(layers) == 2):
-            raise ValueError("a router has one layer, which may have a bias, or two without")
-        super().__init__(layers[-1].shape[0], rule, threshold, k)
+        if len(layers) not in (1, 2) or ((bias is not None or pool > 1) and len(layers) == 2):
+            raise ValueError("a router has one layer, which may have a bias and pool, or two without")
+        if layers[-1].shape[0] % pool or (pool > 1 and rule != "top-k"):
+            raise ValueError(f"a router pools by top-k and in equal groups, not {layers[-1].shape[0]} by {pool}")
+        super().__init__(layers[-1].shape[0] // pool, rule, threshold, k)
         self.layers = nn.ParameterList([nn.Parameter(layer.detach(), requires_grad=False) for layer in layers])
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self.hidden, self.activation, self.normalize = hidden, activation, normalize
+        self.hidden, self.activation, self.normalize, self.pool = hidden, activation, normalize, pool
 
     def scores(self, x: Tensor, hidden: Tensor) -> Tensor:
-        return self.score(x)
+        return self._pooled(self.score(self.heard(x)))
 
     def score(self, x: Tensor) -> Tensor:
-        """float32 [..., units], differentiable; the operators' own definition."""
+        """float32 [..., outputs], differentiable, before pooling; the operators' own definition."""
         rows, normalize = x.reshape(-1, x.shape[-1]), self.normalize
         if len(self.layers) == 2:
             rows = naive.scores(rows, self.layers[0], None, self.hidden, normalize, True)
@@ -112,7 +145,16 @@ class Router(Selector):
         found = naive.scores(rows, self.layers[-1], self.bias, self.activation, normalize, False)
         return found.view(*x.shape[:-1], -1)
 
+    def _pooled(self, score: Tensor) -> Tensor:
+        return score if self.pool == 1 else score.unflatten(-1, (-1, self.pool)).amax(-1)
+
+    def lists(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        if self.rule != "top-k":
+            raise NotImplementedError("rows select for themselves by top-k only")
+        return top_k(self._scores(self.heard(rows)), self.k)
+
     def select(self, rows: Tensor) -> Selected:
+        rows = self.heard(rows)
         if self.rule == "top-k":
             score = self._scores(rows)
             index, count = top_k(score, self.k)
@@ -136,11 +178,48 @@ class Router(Selector):
         return score, limit, index, count
 
     def _scores(self, rows: Tensor) -> Tensor:
-        """`score` by the operators: float32 [B, units]."""
+        """By the operators: float32 [B, units]."""
         normalize = self.normalize
         if len(self.layers) == 2:
             rows, normalize = router_scores(rows, self.layers[0], None, self.hidden, normalize, narrow=True), False
-        return router_scores(rows, self.layers[-1], self.bias, self.activation, normalize)
+        return self._pooled(router_scores(rows, self.layers[-1], self.bias, self.activation, normalize))
+
+
+def batch_score(score: Tensor) -> Tensor:
+    """[..., units] of [..., batch, units]: what of the scores is positive, summed over the batch.
+
+    Units that no row scores above zero, whose order the paper leaves open, follow by their best score.
+    """
+    total = score.relu().sum(-2)
+    return torch.where(total > 0, total, score.amax(-2))
+
+
+class BatchRouter(Router):
+    """Chooses for a whole batch: as many units as its size takes, by the sum of what is positive of its scores.
+
+    ks: how many for batches of up to SIZES[i] rows, in that order; the last one holds for larger ones. A single row
+    runs its ks[0] best. The reference path selects for every token by itself, as the published accuracies do.
+    Source: Polar Sparsity (arXiv 2505.14884), layer-wise dynamic top-k.
+    """
+
+    SIZES = (1, 2, 4, 8, 16, 32, 64)
+    DENSE = 0.8  # above this share of the units the batch is better served by all
+
+    def __init__(self, layers: tuple[Tensor, ...], ks: list[int]) -> None:
+        super().__init__(layers, "top-k", k=ks[0])
+        self.ks = ks
+
+    def k_for(self, rows: int) -> int:
+        fits = [k for size, k in zip(self.SIZES, self.ks, strict=False) if rows <= size]
+        return fits[0] if fits else self.ks[-1]
+
+    def idle(self, rows: int) -> bool:
+        return self.k_for(rows) > self.DENSE * self.units
+
+    def select(self, rows: Tensor) -> Selected:
+        score = self._scores(self.heard(rows))
+        index, count = top_k(batch_score(score)[None], self.k_for(len(rows)))
+        return score, self.everything, *union_lists(index, count, self.units)
 
 
 class Oracle(Selector):

@@ -150,26 +150,54 @@ def _first_call(
 
 
 @torch.no_grad()
+def walk(
+    model: PreTrainedModel,
+    windows: Tensor,
+    listen: Callable[[int], list[Any]],
+    label: str,
+    progress: Progress = silent,
+    batch: int = 8,
+) -> Iterator[int]:
+    """Takes text through the model one block after the other; yields a block's index when all of it went through it.
+
+    listen: from that index, hooks to hold meanwhile. Of the model's hidden states, one per token is alive at a time.
+    """
+    modules = list(model.get_submodule(layout_of(model.config).layers).children())
+    chunks = []
+    for part in windows.split(batch):
+        chunks.append(_first_call(model, modules, part))
+        progress(f"{label}, reading text", len(chunks) * batch, len(windows))
+    hidden = [first for first, _ in chunks]
+    for index, module in enumerate(modules):
+        with _hooks(listen(index)):
+            for at, (_, arguments) in enumerate(chunks):
+                hidden[at] = module(hidden[at], **arguments[index])
+        yield index
+
+
+def later(x: Tensor, window: int) -> Tensor:
+    """x [..., d] of whole windows without the first position of each, [tokens, d].
+
+    Large models put activations there that dwarf all others.
+    """
+    return x.reshape(-1, window, x.shape[-1])[:, 1:].flatten(0, 1)
+
+
+@torch.no_grad()
 def ffn_inputs(
     handle: SparseModel, windows: Tensor, label: str, progress: Progress = silent, batch: int = 8
 ) -> Iterator[tuple[ExpertFFN, Tensor]]:
     """For each expert FFN of an attached model: the layer and its inputs [tokens, d] when everything is dense.
 
-    Block after block, so that the inputs of one are alive at a time. The first position of every window is left out:
-    large models put activations there that dwarf all others.
+    Block after block, so that the inputs of one are alive at a time; without first positions.
     """
-    model, window = handle.model, windows.shape[1]
     layers = [layer for layer in handle.layers() if isinstance(layer, ExpertFFN)]
-    modules = list(model.get_submodule(layout_of(model.config).layers).children())
+    found: list[Tensor] = []
+
+    def listen(index: int) -> list[Any]:
+        return [layers[index].register_forward_pre_hook(lambda module, args: found.append(args[0].detach()))]
+
     with handle.dense():
-        chunks = []
-        for part in windows.split(batch):
-            chunks.append(_first_call(model, modules, part))
-            progress(f"{label}, reading text", len(chunks) * batch, len(windows))
-        hidden = [first for first, _ in chunks]
-        for index, (module, layer) in enumerate(zip(modules, layers, strict=True)):
-            found: list[Tensor] = []
-            with _hooks([layer.register_forward_pre_hook(lambda m, a, to=found: to.append(a[0].detach()))]):
-                for at, (_, arguments) in enumerate(chunks):
-                    hidden[at] = module(hidden[at], **arguments[index])
-            yield layer, torch.cat([x.reshape(-1, window, x.shape[-1])[:, 1:].flatten(0, 1) for x in found])
+        for index in walk(handle.model, windows, listen, label, progress, batch):
+            yield layers[index], torch.cat([later(x, windows.shape[1]) for x in found])
+            found.clear()

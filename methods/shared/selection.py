@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparse_kernels.layers import ExpertFFN
 from sparse_kernels.selectors import Selector
@@ -64,6 +65,21 @@ def warnings(usage: dict[int, Tensor]) -> list[str]:
                 f"practically all tokens and {never} for none"
             )
     return found
+
+
+@torch.no_grad()
+def text_loss(handle: SparseModel, windows: Tensor, sparse: bool) -> float:
+    """Mean negative log-likelihood of the second half of up to 16 windows, with that half sparse or with all dense."""
+    device = next(handle.model.parameters()).device
+    half, total, tokens = windows.shape[1] // 2, 0.0, 0
+    late = torch.arange(windows.shape[1], device=device) >= half
+    for part in windows[:WINDOWS].to(device).split(BATCH):
+        with handle.positions(late.expand(len(part), -1) if sparse else False):
+            logits = handle.model(input_ids=part, use_cache=False, logits_to_keep=half).logits[:, :-1]
+        target = part[:, -half + 1 :]
+        total += float(F.cross_entropy(logits.flatten(0, 1).float(), target.flatten(), reduction="sum"))
+        tokens += target.numel()
+    return total / tokens
 
 
 def threshold_for(selector: Selector, score: Tensor, density: float) -> Tensor:

@@ -38,6 +38,8 @@ def train(
     validate: Callable[[], float] | None = None,
     every: int = 1,
     patience: int = 0,
+    goal: float = -math.inf,
+    weight_decay: float = 0.0,
     seed: int = 0,
     label: str = "training",
     progress: Progress = silent,
@@ -45,21 +47,23 @@ def train(
 ) -> list[float]:
     """Minimises `loss(windows of one batch, share of the steps done)` over the parameters that require gradients.
 
-    AdamW (0.9, 0.999), no weight decay, gradient clipping at 1.0, by default linear warm-up then linear decay to zero:
-    the defaults of the transformers Trainer, which the LTE paper builds on. Mixed bfloat16 where the hardware has it,
-    unless `mixed` is off.
+    AdamW (0.9, 0.999), gradient clipping at 1.0, by default no weight decay and linear warm-up, then linear decay to
+    zero: the defaults of the transformers Trainer, which the LTE paper builds on. Mixed bfloat16 where the hardware has
+    it, unless `mixed` is off.
     windows: [n, ...], of any dtype; batch: windows per step, processed in `accumulate` parts. Returns the loss of every
     step. `validate` (lower is better) is asked every `every` steps; the best parameters it saw are those at the end,
-    and training stops after `patience` answers that were no better (0: never). With `checkpoint`, the state is saved
-    every minute and at the end, and a later call with the same arguments goes on from there, to the same result.
+    and training stops after `patience` answers that were no better (0: never), or at one below `goal`. With
+    `checkpoint`, the state is saved every minute and at the end, and a later call with the same arguments goes on from
+    there, to the same result.
     """
     device = next(model.parameters()).device
     mixed = mixed and (device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=0.0, fused=device.type == "cuda")
+    fused = device.type == "cuda"
+    optimiser = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=weight_decay, fused=fused)
     rising = max(1, round(warmup * steps))
-    best = _Best(trained, patience)
-    identity = [steps, batch, learning_rate, seed, schedule, accumulate, patience]
+    best = _Best(trained, patience, goal)
+    identity = [steps, batch, learning_rate, seed, schedule, accumulate, patience, goal, weight_decay]
     state = _State(checkpoint, json.dumps(identity))
     losses = state.load(trained, optimiser, best)
     saved, finished = perf_counter(), bool(losses) and (len(losses) == steps or best.given_up)
@@ -99,14 +103,14 @@ def train(
 class _Best:
     """The parameters with the lowest validation value so far, and how many later values were no lower."""
 
-    def __init__(self, trained: dict[str, nn.Parameter], patience: int) -> None:
-        self.trained, self.patience = trained, patience
+    def __init__(self, trained: dict[str, nn.Parameter], patience: int, goal: float) -> None:
+        self.trained, self.patience, self.goal = trained, patience, goal
         self.value, self.waited = math.inf, 0
         self.tensors: dict[str, Tensor] = {}
 
     @property
     def given_up(self) -> bool:
-        return 0 < self.patience <= self.waited
+        return 0 < self.patience <= self.waited or self.value < self.goal
 
     def see(self, value: float) -> None:
         if value < self.value:

@@ -22,7 +22,7 @@ def test_dense_flops_match_torchs_counter(make: object) -> None:
     shape = cost.Shape.of(model)
     full = cost.dense_layers(shape)
     counted = counter.get_total_flops()
-    attention = 4 * shape.query * context
+    attention = 4 * sum(shape.query.values()) * context
     # torch counts attention only where it knows the kernel; the linear layers it must count alike.
     found = cost.decode_cost(shape, full, full, 0, context, 1)
     assert found.flops_dense == found.flops
@@ -96,3 +96,17 @@ def test_prefill_grows_with_the_share_of_sparse_positions() -> None:
     dense, middle, all_sparse = (cost.prefill_cost(shape, half, 0, 100, share) for share in (0.0, 0.5, 1.0))
     assert dense.flops == dense.flops_dense
     assert dense.flops - middle.flops == middle.flops - all_sparse.flops == shape.dense * 50
+
+
+def test_attention_follows_each_sequence_and_its_projection_the_union() -> None:
+    """Half of the heads for every sequence: half of the scores and of the cache, whatever the batch has in common."""
+    shape = cost.Shape.of(llama())
+    full = cost.dense_layers(shape)
+    half = {**full, (0, "attention"): 0.5, (1, "attention"): 0.5}
+    dense, sparse = (cost.decode_cost(shape, found, full, 0, 100, 4) for found in (full, half))
+    assert 2 * sparse.bytes_kv == dense.bytes_kv and sparse.bytes_dense == dense.bytes
+    assert dense.flops - sparse.flops == 2 * 2 * 64 * 100  # half of 4 x layers x width x tokens
+    assert sparse.bytes_weights == dense.bytes_weights
+    prompt = [cost.prefill_cost(shape, half, 0, 100, share) for share in (0.0, 1.0)]
+    assert prompt[0].flops == prompt[0].flops_dense
+    assert prompt[0].flops - prompt[1].flops == 2 * 64 * 100 * 101  # half of 2 x layers x width x tokens (tokens + 1)

@@ -27,6 +27,10 @@ SPECS = {
     "d2dmoe-top-k": "d2dmoe:steps=0:windows=16:epochs=1:rule=top-k",
     "spark": "spark:windows=4",
     "spark-soft": "spark:variant=soft:multiplier=gaussian",
+    "dejavu": "dejavu:windows=16:epochs=1",
+    "dejavu-oracle": "dejavu:selector=oracle:windows=16:ffn_ahead=0:heads_ahead=0",
+    "polar": "polar:windows=16:epochs=1",
+    "polar-groups": "polar:windows=16:epochs=1:outputs=groups:ffn=dense",
     "dense-finetuned": "dense-finetuned:steps=2:batch=2:lr=0.01",
 }
 
@@ -95,7 +99,10 @@ def test_decode_mode_keeps_the_prompt_dense(model: torch.nn.Module) -> None:
 def test_a_masked_pass_equals_token_by_token_decoding(model: torch.nn.Module) -> None:
     """The batched evaluation of `decode` is decoding: dense prefix, then one sparse step per token."""
     ids = windows(2, 24)
-    for spec in ("teal:allocation=uniform", *(SPECS[name] for name in ("lte", "moefication", "d2dmoe"))):
+    for spec in (
+        "teal:allocation=uniform",
+        *(SPECS[name] for name in ("lte", "moefication", "d2dmoe", "dejavu", "polar")),
+    ):
         with sparsify(model, prepare(model, spec), "decode") as handle:
             mask = (torch.arange(24) >= 16).expand(2, -1)
             with handle.positions(mask):

@@ -1,0 +1,249 @@
+"""Polar Sparsity against its definition, through masks, lists and the decode runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from harness import cost
+from methods import UsageError, sparsify
+from methods.registry import create, parse
+from methods.runtime import runtime
+from methods.shared.heads import group_norms, groups_for, head_norms
+from methods.shared.predictors import Judgement, equal_recall, weighted_loss
+from sparse_kernels.selectors import BatchRouter
+from tests.methods.models import MODELS, data, llama, opt, windows
+from tests.methods.test_runtime import decode, other
+
+QUICK = "polar:windows=16:epochs=1"
+SIX = dict(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4)
+
+
+def prepared(model, spec=QUICK, density=0.5):
+    return next(iter(parse(spec).prepare(model, data(), [density])))
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_lists_of_the_runtime_are_the_masks(kind, batch):
+    """What is timed is what is evaluated: every sequence attends with its own groups."""
+    model = MODELS[kind]() if kind in MODELS else other(kind)
+    artifact, prompt = create("polar", {"ffn": "dense"}).synthesize(model, 0.5, windows(2)), windows(batch, 9)
+    with sparsify(model, artifact) as handle:
+        wanted, _ = decode(model, prompt, 6, handle)
+        with runtime(model, handle):
+            found, served = decode(model, prompt, 6, handle)
+    assert served == 5 * 2 and torch.allclose(found, wanted, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_full_density_is_the_dense_model(kind):
+    model, ids = MODELS[kind](), windows(2)
+    dense = model(input_ids=ids).logits
+    with sparsify(model, create("polar", {"ffn": "dense"}).synthesize(model, 1.0, ids), "all"):
+        assert torch.equal(model(input_ids=ids).logits, dense)
+
+
+def test_layer_0_is_dense_and_the_rest_keeps_exactly_its_share():
+    model = llama(**SIX)
+    with sparsify(model, create("polar", {}).synthesize(model, 0.5, windows(2)), "all") as handle, handle.meter.on():
+        model(input_ids=windows(3))
+    counts = {layer: torch.cat(found) for (site, layer), found in handle.meter.counts.items() if site == "heads"}
+    assert [counts[layer].unique().tolist() for layer in range(3)] == [[4], [2], [2]]
+    spent = cost.site_table(handle)
+    assert spent["heads"]["mean"] == pytest.approx((1 + 0.5 + 0.5) / 3, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_heads_left_out_are_zero_before_the_projection(kind):
+    model, ids = MODELS[kind](), windows(2)
+    seen = []
+    with sparsify(model, create("polar", {"ffn": "dense"}).synthesize(model, 0.5, ids), "all") as handle:
+        layer = handle.layers()[1]
+        hook = layer.linear.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+        model(input_ids=ids)
+        hook.remove()
+    norms = group_norms(head_norms(seen[0].reshape(2, 64, -1), 4), layer.groups)
+    assert ((norms == 0).sum(-1) == layer.groups // 2).all() and ((norms > 0).sum(-1) == layer.groups // 2).all()
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_cache_is_written_for_all_heads(kind):
+    """Keys and values of a layer follow from its input alone, whatever its heads did."""
+    model, ids = MODELS[kind](), windows(2)
+    artifact = create("polar", {"ffn": "dense"}).synthesize(model, 0.5, ids)
+    with sparsify(model, artifact, "all"):
+        inputs = []
+        blocks = [m for m in model.modules() if hasattr(m, "self_attn")]
+        hook = blocks[1].self_attn.register_forward_pre_hook(
+            lambda module, args, kwargs: inputs.append(kwargs.get("hidden_states", args[0] if args else None)),
+            with_kwargs=True,
+        )
+        out = model(input_ids=ids, use_cache=True)
+        hook.remove()
+    value = blocks[1].self_attn.v_proj(inputs[0]).unflatten(-1, (-1, 16)).transpose(1, 2)
+    assert torch.allclose(out.past_key_values.layers[1].values, value, atol=1e-5)
+    assert (value.flatten(2).norm(dim=-1) > 0).all()
+
+
+def test_a_sequence_does_not_depend_on_its_batch():
+    model, prompt = llama(**SIX), windows(3, 9)
+    with sparsify(model, create("polar", {}).synthesize(model, 0.5, prompt)) as handle, runtime(model, handle):
+        together, _ = decode(model, prompt, 5, handle)
+        for row in range(3):
+            alone, _ = decode(model, prompt[row : row + 1], 5, handle)
+            assert torch.allclose(alone[0], together[row], atol=2e-4)
+
+
+def test_groups_score_their_best_head_or_are_scored_themselves():
+    model = llama()
+    heads, groups = prepared(model), prepared(model, QUICK + ":outputs=groups")
+    assert heads.tensors["heads.1.a"].shape == (4, 64) and groups.tensors["heads.1.a"].shape == (2, 64)
+    with sparsify(model, heads) as handle:
+        selector = handle.layers()[1].selector
+        x = torch.randn(5, 64)
+        score = F.linear(x, heads.tensors["heads.1.a"].float(), heads.tensors["heads.1.bias"].float())
+        best = score.view(5, 2, 2).amax(-1).argmax(-1)
+        selector.tap.value = x
+        assert torch.equal(selector(x, x).int().argmax(-1), best)
+
+
+def test_how_many_groups_run():
+    assert [groups_for("polar", 0.3, 72), groups_for("polar", 0.625, 8), groups_for("polar", 0.5, 8)] == [21, 5, 4]
+    assert groups_for("polar", 0.7, 10) == 7  # 6.999... in floating point
+    with pytest.raises(UsageError, match="choose --density 0.25 or more"):
+        groups_for("polar", 0.2, 4)
+
+
+def test_the_loss_weighs_positives_1_and_negatives_their_share():
+    score, active = torch.tensor([[0.3, -1.0, 2.0, 0.5]]), torch.tensor([[True, False, False, False]])
+    each = F.binary_cross_entropy_with_logits(score, active.float(), reduction="none")
+    expected = (each[0, 0] + 0.255 * each[0, 1:].sum()) / 4
+    assert weighted_loss(score, active, 0.005) == pytest.approx(float(expected))
+
+
+def test_a_batch_is_ranked_by_what_is_positive():
+    score = torch.tensor([[3.0, -9.0, 1.0, -1.0, -2.0], [-8.0, -9.0, 1.5, -3.0, -0.5]])
+    router = BatchRouter((torch.eye(5),), [1, 3])
+    for k, wanted in ((2, [0, 2]), (3, [0, 2, 4]), (4, [0, 2, 3, 4])):
+        router.ks = [1, k]
+        index, count = router.select(score)[2:]
+        assert index[: int(count)].tolist() == wanted
+    single, count = router.select(score[1:])[2:]
+    assert single[: int(count)].tolist() == [2]
+    assert [router.k_for(rows) for rows in (1, 2, 64)] == [1, 4, 4] and router.ks == [1, 4]
+    assert not router.idle(1) and not router.idle(2)
+    router.ks = [1, 5]
+    assert router.idle(2)
+
+
+def test_neurons_are_left_out_of_relu_models_alone():
+    assert not any(name.startswith("ffn") for name in prepared(llama()).tensors)
+    artifact = prepared(opt())
+    ks = artifact.tensors["ffn.0.k"]
+    assert len(ks) == len(BatchRouter.SIZES) and (ks.diff() >= 0).all() and ks[0] >= 1
+    assert artifact.manifest["ffn"]["0"]["recall"] >= 0.99
+    assert not any(name.startswith("ffn") for name in prepared(opt(), QUICK + ":ffn=dense").tensors)
+    with pytest.raises(UsageError, match="needs a model with ReLU, this one has silu"):
+        prepared(llama(), QUICK + ":ffn=sparse")
+
+
+def test_all_neurons_that_are_active_suffice():
+    """A selection that holds every positive neuron changes nothing with ReLU."""
+    model, ids = opt(), windows(2)
+    dense = model(input_ids=ids).logits
+    oracle = prepared(model, QUICK + ":selector=oracle:recall=1", density=1.0)
+    assert "control" in oracle.manifest
+    with sparsify(model, oracle, "all") as handle, handle.meter.on():
+        assert torch.allclose(model(input_ids=ids).logits, dense, atol=2e-2)
+        assert cost.site_table(handle)["ffn"]["mean"] < 0.9
+
+
+def test_the_kernels_choose_neurons_for_the_batch(device):
+    model = opt()
+    artifact = create("polar", {}).synthesize(model, 0.5, windows(2))
+    with sparsify(model, artifact, "all") as handle:
+        ffn = [layer for layer in handle.layers() if layer.site == "ffn"][1]
+        rows = torch.randn(3, 64)
+        ffn.selector.tap.value = torch.randn(3, 64)
+        score, threshold, index, count = ffn.selector.select(rows)
+        assert int(count) == 64 and (score > threshold).all()
+        keep = torch.zeros(128, dtype=torch.bool).index_fill_(0, index[: int(count)].long(), True)
+        expected = ffn.down(ffn.hidden(rows).squeeze(-1) * keep)
+        assert torch.allclose(ffn._skip(rows, ffn.selector), expected, atol=1e-5)
+
+
+def test_what_is_charged():
+    model, ids = llama(**SIX), windows(2)
+    shape = cost.Shape.of(model)
+    artifact = create("polar", {}).synthesize(model, 0.5, ids)
+    with sparsify(model, artifact, "all") as handle, handle.meter.on():
+        model(input_ids=ids)
+        spent, density = cost.record(handle, shape, 100, 1)
+    decode_ = spent["decode"]
+    router = 2 * (8 * 64 + 8)  # two blocks, heads x width and a bias
+    assert decode_["flops_overhead"] == 2 * router and decode_["bytes_overhead"] == 4 * router
+    kv = 2 * 4 * 8 * 100 * 4  # K and V x groups x head size x tokens x 4 B, a block
+    assert decode_["bytes_kv"] == kv + 2 * kv // 2
+    assert decode_["flops_dense"] - decode_["flops"] + 2 * router == 2 * 0.5 * (4 * 64 * 100 + 2 * 64 * 64)
+    assert density["sites"]["heads"]["layers"] == [1.0, 0.5, 0.5]
+
+
+def test_learned_routers_find_the_heads_that_matter():
+    """On a model whose heads' sizes depend on the token, learning beats chance by a wide margin."""
+    model = llama(**SIX)
+    spec = "polar:windows=16:epochs=20:batch=64:outputs=groups"
+    learned, chance = prepared(model, spec).manifest["heads"], prepared(model, spec + ":selector=random")
+    assert "control" in chance.manifest
+    for block, found in learned.items():
+        assert found["recall"] > chance.manifest["heads"][block]["recall"] + 0.1
+        assert found["true"] == 0.5 and found["k"] == 2
+
+
+def test_the_critical_density_is_the_smallest_within_the_budget():
+    model = llama(**SIX)
+    strict, loose = (prepared(model, f"{QUICK}:budget={b}", 0.25) for b in (1e-9, 100.0))
+    assert loose.manifest["critical_density"] == 0.25 and loose.tensors["heads.k"].tolist() == [4, 1, 1]
+    rises = strict.manifest["perplexity_rise"]
+    k = round(4 * strict.manifest["critical_density"])
+    assert strict.tensors["heads.k"].tolist() == [4, k, k]
+    assert all(rise > 1e-9 for density, rise in rises.items() if float(density) < k / 4)
+    assert rises[f"{k / 4:.3f}"] <= 1e-9
+
+
+def test_equal_recall_spends_what_is_given():
+    easy, hard = torch.tensor([0.9, 1.0, 1.0, 1.0]), torch.tensor([0.3, 0.6, 0.9, 1.0])
+    known = {i: Judgement(curve, curve, 1.0, 1.0) for i, curve in enumerate((easy, hard))}
+    assert equal_recall(known, 2) == {0: 1, 1: 3}
+
+
+def test_what_cannot_be_served_is_one_sentence():
+    method = create("polar", {})
+    config = llama().config
+    for changes, sentence in (
+        ({"num_key_value_heads": 1}, "more than one KV group"),
+        ({"num_key_value_heads": 3}, "cannot be grouped by 3"),
+        ({"model_type": "gemma2"}, "one norm before attention"),
+    ):
+        changed = type(config)(**{**config.to_dict(), "num_key_value_heads": 2})
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        assert sentence in method.why_not(changed)
+    with pytest.raises(UsageError, match="add --density"):
+        method.synthesize(llama(), None, windows(1))
+    with pytest.raises(UsageError, match="did you mean groups"):
+        parse("polar:outputs=group")
+    with pytest.raises(UsageError, match="recall in"):
+        parse("polar:recall=2")
+
+
+def test_routers_go_on_where_they_stopped(tmp_path):
+    place = dataclasses.replace(data(), workspace=str(tmp_path))
+    first = next(iter(parse(QUICK).prepare(opt(), place, [0.5])))
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert len(files) == 3 and all(name.startswith("polar-") for name in files)  # two FFNs, one block's heads
+    again = next(iter(parse(QUICK).prepare(opt(), place, [0.5])))
+    assert again.hash == first.hash
