@@ -103,6 +103,7 @@ class D2dmoe(Method):
         start, windows = perf_counter(), data.train(self.options.windows)
         notes = enough(windows.numel(), self.options.windows * windows.shape[1])
         tensors, manifest = self._enforce(model, data, progress)
+        notes += manifest.get("notes", [])
         tensors = split(self, model, tensors, "kmeans", self.options.expert_size, windows, data.seed, progress)
         routers, learned = self._routers(model, tensors, windows, data, progress)
         tensors |= routers
@@ -180,11 +181,15 @@ class D2dmoe(Method):
         options, relu = self.options, self.options.activation == "relu"
         rate = learning_rate(model, options.lr, D2DMOE_RATE)
         tuning = Tuning(data.train(options.steps * options.batch), options.batch, rate, data.seed, progress)
+        told: dict[str, Any] = {
+            "notes": tuning.notes(options.steps),
+            "lr": rate,
+            "tokens": tuning.tokens(options.steps),
+        }
         student = Student(model, tuning, None, dense_ffn("relu" if relu else activation_of(model.config)))
         loss = sparse_loss(student, options.penalty, options.weight, options.ramp, relu)
         place = checkpoint_file(data, self, model, "sparsity", (*LATE, "expert_size", "rank", "windows", "epochs"))
         losses = student.train(loss, options.steps, "d2dmoe sparsity", place)
-        told = {"lr": rate, "tokens": tuning.tokens(options.steps)}
         return student.deltas(model, {}), told | {"loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]]}
 
     def _routers(
@@ -238,8 +243,27 @@ class D2dmoe(Method):
         told: dict[str, Any] = {"density": round(reached, 4)}
         if options.rule == "dynamic":
             told["tau"] = [round(float(tau), 6) for tau in found.values()]
-        told |= {"warnings": warnings(usage), "target_reached": abs(reached - density) <= options.tolerance}
+        doubts = warnings(usage) + (uneven(usage) if options.scope == "model" and options.rule == "dynamic" else [])
+        told |= {"warnings": doubts, "target_reached": abs(reached - density) <= options.tolerance}
+        told["layers"] = [round(float(share.mean()), 4) for share in usage.values()]
         return found, told
+
+
+def uneven(usage: dict[int, Tensor]) -> list[str]:
+    """A sentence if one tau leaves a layer with a fraction of the mean density, which then says little about it.
+
+    The rule sees ratios to the token's largest prediction alone. Where one expert outweighs all others, these are below
+    any tau that thins out the layers whose norms are alike; regression widens the gap, because predictions are nearer
+    to each other than true norms, the less a router knows the more.
+    """
+    density = {index: float(share.mean()) for index, share in usage.items()}
+    low, high = min(density, key=density.__getitem__), max(density, key=density.__getitem__)
+    if density[low] >= 0.25 * sum(density.values()) / len(density):
+        return []
+    return [
+        f"one tau for the model leaves layer {low} with density {density[low]:.2f} and layer {high} with "
+        f"{density[high]:.2f}: scope=layer gives each layer its own"
+    ]
 
 
 def _given(density: float | None) -> float:

@@ -47,6 +47,7 @@ class DenseFinetuned(Method):
         start, steps, batch = perf_counter(), self.options.steps, self.options.batch
         rate = learning_rate(model, self.options.lr, LTE_RATE)
         student = Student(model, Tuning(data.train(steps * batch), batch, rate, data.seed, progress))
+        notes = student.tuning.notes(steps)
         place = checkpoint_file(data, self, model, "dense")
         losses = student.train(lambda ids, done: student.task_loss(ids), steps, "dense fine-tuning", place)
         manifest = {
@@ -54,6 +55,7 @@ class DenseFinetuned(Method):
             "seed": data.seed,
             "lr": rate,
             "loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]],
+            "notes": notes,
             "tokens": student.tuning.tokens(steps),
             "seconds": round(perf_counter() - start, 1),
             "device": next(model.parameters()).device.type,

@@ -84,6 +84,8 @@ class Lte(Method):
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:
+        if reason := self.why_not(model.config):
+            raise UsageError(reason)
         trainer = _Trainer(self, model, data, progress)
         for density in densities:
             if density is None:
@@ -138,8 +140,10 @@ class _Trainer:
 
         start, options = perf_counter(), method.options
         self.method, self.options, self.model, self.data = method, options, model, data
-        windows = data.train(options.batch * max(options.stage1_steps, options.stage2_steps))
+        longest = max(options.stage1_steps, options.stage2_steps)
+        windows = data.train(options.batch * longest)
         self.tuning = Tuning(windows, options.batch, learning_rate(model, options.lr, LTE_RATE), data.seed, progress)
+        self.notes = self.tuning.notes(longest)
         self.trained: dict[float, dict[str, Tensor]] = {}
         self.density: dict[float, float] = {}
         self.permutations = {}
@@ -176,6 +180,7 @@ class _Trainer:
             "target_reached": abs(self.density[eta] - density) <= self.options.tolerance,
             "stage2_loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]],
             "stage2_density": round(mean_density(usage), 4),
+            "notes": self.notes,
             "warnings": warnings(usage),
             "tokens": self.tokens + self.tuning.tokens(self.options.stage2_steps),
             "seconds": round(self.seconds + perf_counter() - start, 1),

@@ -96,6 +96,7 @@ class Moefication(Method):
         start, windows = perf_counter(), data.train(self.options.windows)
         notes = enough(windows.numel(), self.options.windows * windows.shape[1])
         tensors, manifest = self._relufy(model, data, progress)
+        notes += manifest.get("notes", [])
         tensors = split(
             self, model, tensors, self.options.split, self.options.expert_size, windows, data.seed, progress
         )
@@ -184,12 +185,12 @@ class Moefication(Method):
         steps, batch = self.options.relu_steps, self.options.batch
         rate = learning_rate(model, self.options.lr, D2DMOE_RATE)
         tuning = Tuning(data.train(steps * batch), batch, rate, data.seed, progress)
+        told: dict[str, Any] = {"notes": tuning.notes(steps), "tokens": tuning.tokens(steps), "lr": rate}
         student = Student(model, tuning, None, dense_ffn("relu"))
         free = ("split", "selector", "expert_size", "windows", "epochs")
         place = checkpoint_file(data, self, model, "relu", free)
         losses = student.train(lambda ids, done: student.task_loss(ids), steps, "moefication with ReLU", place)
-        told = {"tokens": tuning.tokens(steps), "lr": rate, "relu_loss": losses[:: max(1, len(losses) // 20)]}
-        return student.deltas(model, {}), told
+        return student.deltas(model, {}), told | {"relu_loss": losses[:: max(1, len(losses) // 20)]}
 
     def _routers(
         self, model: PreTrainedModel, tensors: dict[str, Tensor], windows: Tensor, data: Data, progress: Progress

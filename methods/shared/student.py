@@ -19,10 +19,12 @@ from sparse_kernels.layers import ExpertFFN, Meter, Phase
 
 from ..artifact import fingerprint
 from ..base import Data, Method, Progress
+from ..errors import UsageError
 from ..families import Block, blocks
 from .experts import neuron_order, permuted, place_ffn, quantise
 from .training import train
 
+MINIMUM = 5000  # tokens; less is learned by heart
 FORMAT = 2  # of checkpoints: those that an earlier version left are not read
 
 
@@ -39,6 +41,19 @@ class Tuning:
 
     def tokens(self, steps: int) -> int:
         return steps * self.batch * self.windows.shape[1]
+
+    def notes(self, steps: int) -> list[str]:
+        """A note if the text is shorter than what `steps` read. Raises UsageError if there is hardly any."""
+        found, wanted = self.windows.numel(), self.tokens(steps)
+        if found >= 0.95 * wanted:
+            return []
+        if found < MINIMUM:
+            raise UsageError(
+                f"fine-tuning found {found} tokens of training text and needs {MINIMUM}: choose a larger --corpus."
+            )
+        return [
+            f"fine-tuned {wanted / found:.1f} times over {found} tokens, because the corpus has no more of {wanted}"
+        ]
 
 
 LTE_RATE = (1.5e-5, 4096)  # a published rate and the width of its model

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..base import Progress, silent
+from ..errors import UsageError
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -88,7 +89,9 @@ def train(
         optimiser.zero_grad(set_to_none=True)
         history.append(value)
         if step % 10 == 9 or step + 1 == steps:
-            progress(f"{label}, loss {float(history[-1]):.3f}", step + 1, steps)
+            if not math.isfinite(latest := float(history[-1])):
+                raise UsageError(f"{label} diverged, its loss is {latest} after {step + 1} steps: try a smaller lr.")
+            progress(f"{label}, loss {latest:.3f}", step + 1, steps)
         if validate is not None and ((step + 1) % every == 0 or step + 1 == steps):
             best.see(validate())
         if perf_counter() - saved > CHECKPOINT_SECONDS:

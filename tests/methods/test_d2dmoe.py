@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from harness import cost
 from methods import UsageError, sparsify
 from methods.base import Data
+from methods.d2dmoe import uneven
 from methods.registry import info, parse
 from methods.shared.learning import Recipe, fit
 from methods.shared.penalties import FLOOR, RAMPS, penalty
@@ -150,6 +151,25 @@ def test_a_tau_for_each_layer_makes_all_equally_dense() -> None:
         usage = expert_usage(handle, data().calibration)
     assert all(float(share.mean()) == pytest.approx(0.4, abs=0.0101) for share in usage.values())
     assert len(set(artifact.manifest["tau"])) == 2 and artifact.manifest["target_reached"]
+
+
+def test_layers_that_one_tau_cannot_serve_are_told() -> None:
+    """One expert of layer 0 dwarfs the others: no tau that thins out layer 1 leaves more than that one."""
+    assert not uneven({0: torch.full((16,), 0.3), 1: torch.full((16,), 0.9)})
+    (found,) = uneven({0: torch.full((16,), 0.0625), 1: torch.full((16,), 0.9)})
+    assert "layer 0 with density 0.06" in found and "layer 1 with 0.90" in found
+    model = opt()
+    with torch.no_grad():
+        block = model.model.decoder.layers[0]
+        block.fc1.weight[:8] = block.fc1.weight[0].clone()  # alike, so that they become one expert
+        block.fc1.bias[:8] += 10.0
+        block.fc2.weight[:, :8] *= 10.0
+    spec = "d2dmoe:expert_size=8:steps=0:windows=16:selector=oracle"
+    manifest = prepare(model, spec, 0.4).manifest
+    assert any("scope=layer" in text for text in manifest["warnings"]) and manifest["layers"][0] < 0.1
+    layered = prepare(model, f"{spec}:scope=layer", 0.4).manifest
+    assert not any("scope=layer" in text for text in layered["warnings"])
+    assert layered["layers"] == pytest.approx([0.4, 0.4], abs=0.01)
 
 
 def test_bisection_stops_within_tolerance_or_at_the_nearest() -> None:

@@ -115,6 +115,30 @@ def test_the_efficiency_penalty_alone_closes_gates_and_separability_alone_parts_
     assert grad[0] > 0 > grad[1]  # descent moves each away from the threshold, on its own side
 
 
+def test_separability_empties_the_neighbourhood_of_the_threshold() -> None:
+    near = []
+    for weight in (0.0, 0.5):
+        s = student(llama(), lambda_sep=weight, sep_eps=0.01)
+        s.train_soft(0.0, 40, "stage 1", None)
+        scores = torch.cat([layer.scores.detach().flatten() for layer in s.layers])
+        near.append(float(((scores - 0.5).abs() < 0.1).float().mean()))
+    assert near[1] < 0.8 * near[0]
+
+
+def test_penalties_stay_finite_at_the_threshold_under_autocast() -> None:
+    """A router of zeros scores 0.5 everywhere; bfloat16 would round near scores there as well."""
+    s = student(llama())
+    for layer in s.layers:
+        layer.soft = True
+        layer.selector.layers[0].data.zero_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = s.student.task_loss(windows(2)) + sum(penalties(torch.stack([n.scores for n in s.layers]), 1e-3))
+    loss.backward()
+    trained = {name: p for name, p in s.model.named_parameters() if p.requires_grad}
+    assert s.layers[0].scores.dtype == torch.float32 and "model.layers.0.mlp.selector.layers.0" in trained
+    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trained.values())
+
+
 def test_stages_train_what_they_should() -> None:
     model = llama()
     s = student(model)

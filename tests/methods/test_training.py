@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from methods import sparsify
+from methods import UsageError, sparsify
+from methods.base import Data
 from methods.registry import parse
 from methods.shared import training
 from methods.shared.training import SCHEDULES, train
@@ -83,6 +84,28 @@ def test_early_stopping_resumes_exactly(tmp_path: Path, monkeypatch: pytest.Monk
         run(place, len(straight[0]) - 2)
     for resumed in (run(place, None), run(place, 1)):  # the second finds it finished, and asks nothing
         assert resumed[0] == pytest.approx(straight[0]) and torch.equal(resumed[1], straight[1])
+
+
+def test_training_that_diverges_is_an_error() -> None:
+    with pytest.raises(UsageError, match="smaller lr"):
+        fit(*line(), learning_rate=1e30)
+
+
+@pytest.mark.parametrize("spec", ["lte:eta=1:trials=1", "d2dmoe", "dense-finetuned", "moefication:variant=relufied"])
+def test_too_little_text_is_said_before_anything_is_trained(spec: str) -> None:
+    scarce = Data(windows(4), lambda n: windows(min(n, 20)), {"name": "scarce", "hash": "0"})
+    method = parse(spec)
+    density = None if method.densities == (None,) else 0.5
+    with pytest.raises(UsageError, match="larger --corpus"):
+        next(iter(method.prepare(llama(), scarce, [density])))
+
+
+def test_text_that_repeats_is_told() -> None:
+    short = Data(windows(4), lambda n: windows(min(n, 100)), {"name": "short", "hash": "0"})
+    (artifact,) = parse("dense-finetuned:steps=30:batch=8").prepare(llama(), short, [None])
+    assert artifact.manifest["notes"] == [
+        "fine-tuned 2.4 times over 6400 tokens, because the corpus has no more of 15360"
+    ]
 
 
 def test_a_model_fine_tuned_dense_learns_and_costs_what_dense_does() -> None:
