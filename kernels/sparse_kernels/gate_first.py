@@ -107,21 +107,14 @@ class GateFirstFFN(SparseLayer):
     def _skip(self, rows: Tensor, multiplier: float) -> Tensor:
         """rows [B, d]; reads the first matrix and what any row needs of the others."""
         self.materialize()
-        act, down_bias = ACTIVATIONS[self.activation], self.down.bias
-        if self.score == "output":
-            h = self._hidden(rows, self.first(rows))
-            kept, _, index, self.count = statistical_top_k(h.abs(), multiplier, soft=False)
-            return input_linear(h.masked_fill(kept == 0, 0), self.down_t, index, self.count, None, down_bias)
         left, right = self.inputs(rows)
-        matrix = self.up if self.gate is None else self.gate
-        u = router_scores(left, matrix.weight, matrix.bias)
-        if self.score == "value":
-            kept, _, index, self.count = statistical_top_k(u, multiplier, self.soft)
-            value = act(kept)  # every activation is 0 at 0, where nothing was kept
+        if self.score == "output":
+            u, activation = self._hidden(rows, self.first(rows)), "identity"
         else:
-            value = act(u)
-            kept, _, index, self.count = statistical_top_k(value.abs(), multiplier, soft=False)
-            value = value.masked_fill(kept == 0, 0)
-        if self.gate is None:
-            return input_linear(value.to(rows.dtype), self.down_t, index, self.count, None, down_bias)
-        return gated_ffn(right, value, self.up.weight, self.down_t, index, self.count, self.up.bias, down_bias)
+            matrix = self.up if self.gate is None else self.gate
+            u, activation = router_scores(left, matrix.weight, matrix.bias), self.activation
+        magnitude = self.score != "value"
+        value, _, index, self.count = statistical_top_k(u, multiplier, self.soft, activation, magnitude)
+        if self.gate is None or self.score == "output":
+            return input_linear(value.to(rows.dtype), self.down_t, index, self.count, None, self.down.bias)
+        return gated_ffn(right, value, self.up.weight, self.down_t, index, self.count, self.up.bias, self.down.bias)

@@ -143,7 +143,8 @@ def compile_selection(one: torch.Tensor) -> None:
                 selection.top_k(values, channels // 4)
         for batch in (1, 4, 64):
             x, weight = torch.empty(batch, 4096, dtype=dtype), torch.empty(11008, 4096, dtype=dtype)
-            selection.statistical_top_k(torch.empty(batch, 11008, dtype=dtype), 1.0, True)
+            selection.statistical_top_k(torch.empty(batch, 11008, dtype=dtype), 1.0, True, "identity", False)
+            selection.statistical_top_k(torch.empty(batch, 14336), 1.0, False, "silu", True)
             score = selection.scores(x, weight[:344], weight[:344, 0].contiguous(), "abs", False, False)
             selection.compact(score, one, False)
             selection.near_best(score, one)

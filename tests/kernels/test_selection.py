@@ -10,6 +10,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_kernels import (
+    ACTIVATIONS,
     compact,
     gaussian_multiplier,
     linear_router,
@@ -203,12 +204,26 @@ def test_statistical_top_k_equals_naive(device, soft, batch, channels, fraction)
     assert fraction > 0 or not value.any()
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("form", ["soft", "hard", "magnitude"])
+@pytest.mark.parametrize("block", [128, 2048])
+def test_statistical_top_k_activates_what_it_keeps(kernel, device, block, form, activation):
+    torch.manual_seed(0)
+    score = torch.randn(2, 1500, device=device)
+    options = 0.7, form == "soft", activation, form == "magnitude"
+    value, threshold, *found = kernel.statistical_top_k(score, *options, Scan(block, 4))
+    expected, limit, *listed = naive.statistical_top_k(score.double(), *options)
+    assert same(found, listed) and 0 < int(found[1]) < 1500
+    assert torch.allclose(threshold.double(), limit.double(), rtol=1e-5)
+    assert torch.allclose(value.double(), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("block", [128, 2048])
 def test_statistics_keep_their_precision(kernel, device, block, dtype):
     torch.manual_seed(0)
     score = (50 + 0.1 * torch.randn(2, 1500, device=device)).to(dtype)  # mean far above the deviation
-    _, threshold, _, _ = kernel.statistical_top_k(score, 3.0, True, Scan(block, 4))
+    _, threshold, _, _ = kernel.statistical_top_k(score, 3.0, True, "identity", False, Scan(block, 4))
     std, mean = torch.std_mean(score.double(), 1, correction=0)
     assert torch.allclose((threshold.double() - mean) / std, torch.full_like(mean, 3.0), rtol=3e-4)
 
@@ -354,6 +369,8 @@ def test_top_experts_of_a_router_are_those_of_torch(device):
         (lambda: top_k(torch.ones(1, 4, dtype=torch.int64), 2), "float32, float16 or bfloat16"),
         (lambda: statistical_top_k(torch.randn(1, 4), float("nan")), "multiplier must be a number"),
         (lambda: statistical_top_k(torch.randn(4), 1.0), "shape"),
+        (lambda: statistical_top_k(torch.randn(1, 4), 1.0, activation="tanh"), "activation must be one of"),
+        (lambda: statistical_top_k(torch.randn(1, 4), 1.0, magnitude=True), "pass soft=False"),
         (lambda: router_scores(torch.randn(1, 4), torch.randn(5, 3)), "weight must have shape"),
         (lambda: router_scores(torch.randn(1, 4), torch.randn(5, 4).half()), "weight must be torch.float32"),
         (lambda: router_scores(torch.randn(1, 4), torch.randn(5, 4), torch.randn(4)), "bias must have shape"),
@@ -387,7 +404,8 @@ def test_selections_are_well_formed():
     opcheck(ops.union, (mask,))
     opcheck(ops.union_lists, (index, count, 64))
     opcheck(ops.top_k, (score, 5))
-    opcheck(ops.statistical_top_k, (score, 1.5, True))
+    opcheck(ops.statistical_top_k, (score, 1.5, True, "identity", False))
+    opcheck(ops.statistical_top_k, (score, 0.5, False, "silu", True))
     opcheck(ops.near_best, (score.abs(), torch.tensor([0.5])))
     for narrow in (False, True):
         opcheck(ops.router_scores, (score.half(), torch.randn(9, 64).half(), None, "relu", True, narrow))

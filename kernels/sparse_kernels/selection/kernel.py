@@ -173,20 +173,35 @@ def top_kernel(
 
 
 @triton.jit
+def respond(v, NAME: tl.constexpr):
+    """The activation called NAME (see `RESPONSES`) of float32 values."""
+    if NAME == "tanh":
+        v = 2.0 * tl.sigmoid(2.0 * v) - 1.0
+    elif NAME == "abs":
+        v = tl.abs(v)
+    elif NAME != "identity":
+        v = activate(v, NAME)
+    return v
+
+
+@triton.jit
 def statistical_kernel(
-    score, value, threshold, mark, multiplier, K, stride, SOFT: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr
-):
+    x, value, threshold, mark, multiplier, K, stride,
+    SOFT: tl.constexpr, ACTIVATION: tl.constexpr, MAGNITUDE: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """A program per row: mean and deviation tile by tile, joined so that no precision is lost, then the selection."""
     begin(PDL)
     b = tl.program_id(0).to(tl.int64)
-    row = score + b * stride
+    row = x + b * stride
     mean, squares, seen = 0.0, 0.0, 0.0
     for first in range(0, K, TILE):
         k = first + tl.arange(0, TILE)
-        v = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
+        score = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
+        if MAGNITUDE:
+            score = tl.abs(respond(score, ACTIVATION))  # 0 beyond the row, as every activation is at 0
         n = tl.minimum(K - first, TILE).to(tl.float32)
-        centre = tl.sum(v, 0) / n
-        off = tl.where(k < K, v - centre, 0.0)
+        centre = tl.sum(score, 0) / n
+        off = tl.where(k < K, score - centre, 0.0)
         step = centre - mean
         squares += tl.sum(off * off, 0) + step * step * (seen * n / (seen + n))
         seen += n
@@ -199,23 +214,15 @@ def statistical_kernel(
     for first in range(0, K, TILE):
         k = first + tl.arange(0, TILE)
         v = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
-        keep = v > limit if SOFT else v >= limit
         if SOFT:
+            keep = v > limit
             v = tl.where(limit == float("-inf"), v, v - limit)
+        v = respond(v, ACTIVATION) if MAGNITUDE else v
+        if not SOFT:
+            keep = (tl.abs(v) if MAGNITUDE else v) >= limit
+        v = v if MAGNITUDE else respond(v, ACTIVATION)
         tl.store(value + b * K + k, tl.where(keep, v, 0.0).to(value.dtype.element_ty), mask=k < K)
         tl.store(mark + b * K + k, keep.to(tl.int8), mask=k < K)
-
-
-@triton.jit
-def respond(v, NAME: tl.constexpr):
-    """The activation called NAME (see `RESPONSES`) of float32 values."""
-    if NAME == "tanh":
-        v = 2.0 * tl.sigmoid(2.0 * v) - 1.0
-    elif NAME == "abs":
-        v = tl.abs(v)
-    elif NAME != "identity":
-        v = activate(v, NAME)
-    return v
 
 
 @triton.jit
@@ -385,7 +392,7 @@ def top_k(score: Tensor, k: int, config: Scan | None = None) -> tuple[Tensor, Te
 
 
 def statistical_top_k(
-    score: Tensor, multiplier: float, soft: bool, config: Scan | None = None
+    score: Tensor, multiplier: float, soft: bool, activation: str, magnitude: bool, config: Scan | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (batch, channels), device = score.shape, score.device
     config = config or pick(LAUNCH, device)["statistics"]
@@ -395,7 +402,7 @@ def statistical_top_k(
     marks = torch.empty(batch, channels, dtype=torch.int8, device=device)
     run(
         statistical_kernel, (batch,), score, value, threshold, marks, multiplier, channels, score.stride(0),
-        SOFT=soft, TILE=tile, num_warps=config.warps_for(tile),
+        SOFT=soft, ACTIVATION=activation, MAGNITUDE=magnitude, TILE=tile, num_warps=config.warps_for(tile),
     )  # fmt: skip
     return value, threshold, *union(marks)
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_kernels.activations import ACTIVATIONS
+
 RESPONSES: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda v: v,
     "relu": F.relu,
@@ -66,12 +68,19 @@ def statistical_threshold(score: Tensor, multiplier: float) -> Tensor:
     return mean + std * multiplier if math.isfinite(multiplier) else torch.full_like(mean, multiplier)
 
 
-def statistical_top_k(score: Tensor, multiplier: float, soft: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What of score [B, K] is above mean + multiplier * std of its row: (value, threshold [B], index, count)."""
-    v, limit = wide(score), statistical_threshold(score, multiplier)
-    keep = v > limit if soft else v >= limit
+def statistical_top_k(
+    score: Tensor, multiplier: float, soft: bool, activation: str = "identity", magnitude: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What of score [B, K] is above mean + multiplier * std of its row: (act(value), threshold [B], index, count).
+
+    soft: value less the threshold; magnitude: the scores are |act(score)| instead of score.
+    """
+    v, act = wide(score), ACTIVATIONS.get(activation, RESPONSES["identity"])
+    ranked = act(v).abs() if magnitude else v
+    limit = statistical_threshold(ranked, multiplier)
+    keep = ranked > limit if soft else ranked >= limit
     kept = torch.where(limit == -float("inf"), v, v - limit) if soft else v
-    return torch.where(keep, kept, 0).to(score.dtype), limit[:, 0].float(), *union(keep)
+    return torch.where(keep, act(kept), 0).to(score.dtype), limit[:, 0].float(), *union(keep)
 
 
 def scores(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, normalize: bool, narrow: bool) -> Tensor:

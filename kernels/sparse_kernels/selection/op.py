@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from sparse_kernels.activations import ACTIVATIONS
 from sparse_kernels.launch import (
     MAX_BATCH,
     MAX_CHANNELS,
@@ -139,21 +140,27 @@ def gaussian_multiplier(fraction: float) -> float:
     return float(torch.special.ndtri(torch.tensor(1 - fraction, dtype=torch.float64, device="cpu")))
 
 
-def statistical_top_k(score: Tensor, multiplier: float, soft: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def statistical_top_k(
+    score: Tensor, multiplier: float, soft: bool = True, activation: str = "identity", magnitude: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Select what is above a row's mean + multiplier * standard deviation, about the k largest without sorting.
 
     score: [B, K], 1 <= B <= 64, K <= 65536, contiguous rows. multiplier: `gaussian_multiplier(k / K)`, or calibrated
     where scores are not normally distributed; -inf selects everything and subtracts nothing, inf selects nothing.
-    The deviation divides by K; both statistics are float32. soft: value = max(score - threshold, 0), else the score
-    itself where it is >= threshold and 0 elsewhere.
+    The deviation divides by K; both statistics are float32. activation: act, "identity" or one of ACTIVATIONS. soft:
+    value = act(score - threshold) where score > threshold, else value = act(score) where score >= threshold; 0
+    elsewhere. magnitude (not soft): what is compared, and whose statistics count, is |act(score)| instead of score.
     Returns (value [B, K] in score's dtype, threshold float32 [B], index int32 [K], count int32 [1]): the list is of
-    the channels that any row selects (soft: score > threshold). Raises ValueError outside this domain.
+    the channels that any row selects. Raises ValueError outside this domain.
 
     Source: Spark Transformer (arXiv 2506.06644), statistical top-k; the hard form is that of its attention.
     """
     require_scores("score", score)
     require(multiplier == multiplier, "multiplier must be a number, got {}.", multiplier)
-    return torch.ops.sparse_kernels.statistical_top_k(score, float(multiplier), soft)
+    known = ("identity", *ACTIVATIONS)
+    require(activation in known, "activation must be one of {}, got {}.", known, activation)
+    require(not (soft and magnitude), "The soft form is not one of magnitudes: pass soft=False.")
+    return torch.ops.sparse_kernels.statistical_top_k(score, float(multiplier), soft, activation, magnitude)
 
 
 def require_layer(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> None:
@@ -310,12 +317,14 @@ def _(score, k):
 
 
 @operator("statistical_top_k")
-def _statistical_top_k(score: Tensor, multiplier: float, soft: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return implementation(score).statistical_top_k(score, multiplier, soft)
+def _statistical_top_k(
+    score: Tensor, multiplier: float, soft: bool, activation: str, magnitude: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return implementation(score).statistical_top_k(score, multiplier, soft, activation, magnitude)
 
 
 @_statistical_top_k.register_fake
-def _(score, multiplier, soft):
+def _(score, multiplier, soft, activation, magnitude):
     threshold = score.new_empty(score.shape[0], dtype=torch.float32)
     return score.new_empty(score.shape), threshold, *fake_list(score, score.shape[1])
 
