@@ -69,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", default="results/local", help="folder of records, or of such folders (default: results/local)")
     add("--readme", metavar="FILE", help="also put a short table between the leaderboard marks of FILE")
+    add("--html", action="store_true", help="also write index.html: everything on one interactive page")
     add("--check", action="store_true", help="change nothing; exit 1 if a text is out of date")
 
 
@@ -76,6 +77,8 @@ def main(args: argparse.Namespace) -> int:
     if args.check:
         return check(args.out, args.readme)
     files = build(args.out, args.readme)
+    if args.html:
+        files.append(write_html(args.out))
     if not board.is_collection(args.out):
         show(args.out)
     print("\n".join(f"wrote {path}" for path in files))
@@ -92,12 +95,19 @@ def build(out: str | Path, readme: str | Path | None = None) -> list[Path]:
     from . import plots
 
     texts = _texts(out, readme)
-    try:
-        for place, text in texts.items():
-            place.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"'{error.filename}' cannot be written ({error.strerror}): choose another --out.") from None
+    _write(texts)
     return [*texts, *([] if board.is_collection(out) else plots.write(_groups(out), Path(out).expanduser()))]
+
+
+def write_html(out: str | Path) -> Path:
+    """Writes index.html from one result set, or from a folder of them."""
+    from . import webpage
+
+    folder = Path(out).expanduser()
+    sets = board.sets(folder) if board.is_collection(folder) else {"": _groups(out)}
+    place = folder / webpage.PAGE
+    _write({place: webpage.page(sets)})
+    return place
 
 
 def check(out: str | Path, readme: str | Path | None = None) -> int:
@@ -115,6 +125,14 @@ def check(out: str | Path, readme: str | Path | None = None) -> int:
     option = f" --readme {readme}" if readme else ""
     print(f"{' and '.join(stale)}: run `python -m harness report --out {out}{option}`.")
     return 1
+
+
+def _write(texts: dict[Path, str]) -> None:
+    try:
+        for place, text in texts.items():
+            place.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"'{error.filename}' cannot be written ({error.strerror}): choose another --out.") from None
 
 
 def differences(texts: dict[Path, str]) -> list[str]:

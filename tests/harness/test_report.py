@@ -226,7 +226,7 @@ def test_a_readme_without_marks_is_a_usage_error_and_nothing_is_written(text: st
 
 def test_terminal_tables_fit_120_columns(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     out = write(tmp_path, FULL)
-    assert report.main(argparse.Namespace(out=out, readme=None, check=False)) == 0
+    assert report.main(argparse.Namespace(out=out, readme=None, check=False, html=False)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("teal 0.8" in line for line in lines)
     assert max(len(line) for line in lines if not line.startswith("wrote")) <= 120
