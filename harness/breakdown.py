@@ -18,6 +18,7 @@ SHOWN = 5  # names of unknown kernels that a record keeps
 KERNELS = {
     "fill_kernel": "selection",
     "linear_kernel": "linears",
+    "masked_kernel": "linears",
     "combine_kernel": "linears",
     "group_kernel": "selection",
     "union_kernel": "selection",

@@ -12,6 +12,7 @@ import pytest
 
 from harness import plan
 from harness.plan import Cell
+from methods import families
 from methods.errors import UsageError
 
 SYNTHETIC = ["--model", "opt-125m", "--weights", "synthetic", "--device", "cpu"]
@@ -114,7 +115,8 @@ def test_not_applicable_cells_are_kept_unless_nothing_else_was_asked(monkeypatch
     assert "not applicable because" in plan.describe(made)
 
 
-def test_unknown_architecture_concerns_all_methods_but_dense() -> None:
+def test_unknown_architecture_concerns_all_methods_but_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(families.LAYOUTS, "gemma3n_text")
     made = cells("--model", "gemma-3n-e2b", "--methods", "teal,lte")
     assert all((c.not_applicable is None) == (c.method == "dense") for c in made)
 
