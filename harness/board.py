@@ -11,7 +11,7 @@ from typing import Any
 from methods.errors import UsageError
 
 from . import machine, store
-from .rows import BASELINES, BUDGETS, SETTING, Group, Row, doubts_of, group, rank
+from .rows import BASELINES, BUDGETS, SHARED, Group, Row, combine, doubts_of, group, rank
 from .tables import (
     NONE,
     Column,
@@ -81,17 +81,16 @@ def sections(sets: Mapping[str, Iterable[Group]]) -> list[Section]:
     """Every set's rows by model, kind of machine and setting; of a cell measured twice the newest record, but with
     a latency rather than without.
 
-    A row keeps the dense cell that was measured beside it, so units and versions of the same GPU may meet in a table.
+    Seeds of a cell are one row, wherever they were measured. A row keeps the dense cell that was measured beside it,
+    so units and versions of the same GPU may meet in a table.
     """
-    cells: dict[tuple[str, ...], dict[str, Row]] = {}
-    rows = [row for groups in sets.values() for table in groups for row in table.rows]
+    tables: dict[tuple[str, ...], list[Row]] = {}
+    rows = [one for groups in sets.values() for table in groups for row in table.rows for one in row.repeats or [row]]
     for row in sorted(rows, key=lambda row: (row.record["cell"].get("timed", True), _time(row))):
-        place, cell = place_of(row.record), row.record["cell"]
-        setting = (str(cell.get(name)) for name in SETTING)
-        own = f"{row.method} {row.options} {row.target}"
-        cells.setdefault((place, *setting), {})[own] = Row(row.record, row.dense, source=row.source)
+        setting = (str(row.record["cell"].get(name)) for name in SHARED)
+        tables.setdefault((place_of(row.record), *setting), []).append(Row(row.record, row.dense, source=row.source))
     found: dict[str, list[Group]] = {}
-    for table in sorted((_table(list(members.values())) for members in cells.values()), key=_place_in_page):
+    for table in sorted((_table(combine(found)) for found in tables.values()), key=_place_in_page):
         title = f"{table.setting['model']} ({table.setting['weights']} weights) on {place_of(table.rows[0].record)}"
         found.setdefault(title, []).append(table)
     return [Section(title, groups) for title, groups in found.items()]
@@ -145,7 +144,8 @@ def level(method: str) -> str:
 
 def _section(section: Section) -> list[str]:
     rows = [row for table in section.groups for row in table.rows]
-    newest = {row.record["machine"].get("identity"): row.record for row in sorted(rows, key=_time)}
+    measured = sorted((one for row in rows for one in row.repeats or [row]), key=_time)
+    newest = {row.record["machine"].get("identity"): row.record for row in measured}
     parts = ["\n".join(f"- {machine.line(r['machine'], r)}" for r in newest.values())]
     if section.groups[0].synthetic:
         together = Group(section.groups[0].machine, section.groups[0].setting, rows, [])
@@ -162,7 +162,7 @@ def _section(section: Section) -> list[str]:
 
 def _table(rows: list[Row]) -> Group:
     first = rows[0].record
-    table = Group(first["machine"], {name: first["cell"].get(name) for name in SETTING}, rows, [])
+    table = Group(first["machine"], {name: first["cell"].get(name) for name in SHARED}, rows, [])
     rank(table)
     rows.sort(key=_order)
     return table

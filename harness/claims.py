@@ -201,11 +201,6 @@ def _support(found: Finding) -> tuple[Any, ...]:
 
 def _speedup(row: Row, baseline: str | None) -> stats.Interval | None:
     """Over the fastest dense runner, or over `baseline` from the raw samples; None on a CPU, which skips nothing."""
-    latency = row.part("latency")
     if row.record["machine"].get("gpu") is None:
         return None
-    if baseline is None:
-        return row.speedup
-    samples = latency.get("samples") or {}
-    dense, sparse = samples.get(baseline), samples.get(latency.get("runner"))
-    return stats.speedup(dense, sparse) if dense and sparse else None
+    return row.speedup if baseline is None else row.speedup_over(baseline)

@@ -14,7 +14,10 @@ from .store import Record
 
 BASELINES = ("dense", "null")
 BUDGETS = (1.0, 3.0)  # per cent of accuracy that a cell may lose; only cells within the last one are ranked
-SETTING = ("model", "weights", "mode", "batch", "context", "corpus", "tasks", "limit", "seed", "device", "dtype")
+# A table's rows agree in these; with `seed`, which rows of one cell may differ in, it is the whole setting of a cell.
+SHARED = ("model", "weights", "mode", "batch", "context", "corpus", "tasks", "limit", "device", "dtype")
+SETTING = (*SHARED, "seed")
+MEASURED = ("density", "cost", "fidelity", "accuracy", "latency", "prepare")  # sections that seeds are averaged over
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Rank:
 class Row:
     """A measured cell and the dense cell of its setting, if there is one.
 
+    `repeats`: where it was measured with several seeds, a row for each; `record` and `dense` then hold their means, and
+    no items or samples.
     `ranks`: by budget, once it has any; `source`: the result set it comes from, where several are shown together.
     """
 
@@ -37,6 +42,7 @@ class Row:
     dense: Record | None
     ranks: dict[float, Rank] = field(default_factory=dict)
     source: str = ""
+    repeats: list[Row] = field(default_factory=list)
 
     def part(self, name: str) -> dict[str, Any]:
         """A section of the record; empty where nothing was measured."""
@@ -68,6 +74,10 @@ class Row:
         return f"{self.label} ({self.options})" if self.options else self.label
 
     @property
+    def seeds(self) -> list[int]:
+        return [row.record["cell"]["seed"] for row in self.repeats or [self]]
+
+    @property
     def decode(self) -> dict[str, Any]:
         return self.part("cost").get("decode") or {}
 
@@ -94,6 +104,17 @@ class Row:
         """Milliseconds of a step by class of kernel; empty where no step was traced."""
         return (self.part("latency").get("breakdown") or {}).get("ms") or {}
 
+    def speedup_over(self, runner: str | None) -> stats.Interval | None:
+        """From the raw samples, over a dense runner of the same run; None: over the fastest one."""
+        runs = []
+        for row in self.repeats or [self]:
+            latency = row.part("latency")
+            samples = latency.get("samples") or {}
+            dense, own = samples.get(runner or latency.get("baseline")), samples.get(latency.get("runner"))
+            if row.method != "dense" and dense and own:
+                runs.append((dense, own))
+        return stats.repeated_speedup(runs) if len(runs) > 1 else stats.speedup(*runs[0]) if runs else None
+
     @property
     def p99(self) -> float | None:
         """Of the density over tokens, at the site where it is largest."""
@@ -103,8 +124,11 @@ class Row:
     @cached_property
     def nll(self) -> stats.Interval | None:
         """Mean negative log-likelihood minus dense's [nats/token], paired over windows, weighted by their tokens."""
-        pair, weights = self._paired("nll"), self.part("items").get("tokens")
-        return stats.difference(*pair, weights) if pair and weights and len(weights) == len(pair[0]) else None
+        parts = [row._part("nll") for row in self.repeats or [self]]
+        found = [[part] for part in parts if part and part[2] and len(part[2]) == len(part[0])]
+        if len(found) < len(parts):
+            return None
+        return stats.repeated_difference(found) if self.repeats else stats.difference(*found[0][0])
 
     @property
     def perplexity_ratio(self) -> stats.Interval | None:
@@ -113,9 +137,16 @@ class Row:
 
     @cached_property
     def tasks(self) -> dict[str, stats.Paired]:
-        """Differences to dense, paired over the items, on the tasks that both answered."""
-        pairs = {task: self._paired(task) for task in self.part("accuracy")}
-        return {task: stats.compare(*pair) for task, pair in pairs.items() if pair}
+        """Differences to dense, paired over the items, on the tasks that both answered; p of single seeds only."""
+        found = {}
+        for task in self.part("accuracy"):
+            parts = [part for row in self.repeats or [self] if (part := row._part(task))]
+            if parts and not self.repeats:
+                found[task] = stats.compare(*parts[0])
+            elif parts and len(parts) == len(self.repeats):
+                n = sum(len(candidate) for candidate, _, _ in parts)
+                found[task] = stats.Paired(n, stats.repeated_difference([[part] for part in parts]), None)
+        return found
 
     @property
     def task_average(self) -> float | None:
@@ -125,11 +156,15 @@ class Row:
 
     @property
     def task_average_difference(self) -> stats.Interval | None:
-        """Mean of the tasks' differences to dense; their intervals are independent and add in quadrature."""
-        accuracy = self.part("accuracy")
-        deltas = [pair.difference for task, pair in self.tasks.items() if is_share(accuracy[task])]
-        if not deltas:
+        """Mean of the tasks' differences to dense. Items of tasks are independent, so their intervals add in
+        quadrature; what a seed changes is common to the tasks, so seeds are drawn for all of them together."""
+        shares = [task for task in self.tasks if is_share(self.part("accuracy")[task])]
+        if not shares:
             return None
+        if self.repeats:
+            parts = [[row._part(task) for task in shares] for row in self.repeats]
+            return stats.repeated_difference([[part for part in own if part] for own in parts])
+        deltas = [self.tasks[task].difference for task in shares]
         mean = sum(d.estimate for d in deltas) / len(deltas)
         down = math.hypot(*(d.estimate - d.low for d in deltas)) / len(deltas)
         up = math.hypot(*(d.high - d.estimate for d in deltas)) / len(deltas)
@@ -151,6 +186,11 @@ class Row:
         if (delta := self.task_average_difference) and average:
             losses.append((-delta.estimate / average, -delta.low / average))
         return (100 * max(e for e, _ in losses), 100 * max(h for _, h in losses)) if losses else None
+
+    def _part(self, name: str) -> stats.Part | None:
+        """Scores, dense's scores and weights; windows weigh as much as they have scored tokens."""
+        pair = self._paired(name)
+        return pair and (*pair, self.part("items").get("tokens") if name == "nll" else None)
 
     def _paired(self, name: str) -> tuple[list[float], list[float]] | None:
         """This cell's scores and dense's on the same items; None unless both are complete."""
@@ -193,7 +233,8 @@ class Group:
         s = self.setting
         tasks = f"{s['limit']} items per task" if s["tasks"] else "no tasks"
         text = "" if self.synthetic else f"corpus {s['corpus']}, {tasks}, "
-        return f"{s['device']}, {s['dtype']}, {text}seed {s['seed']}"
+        seeds = sorted({seed for row in self.rows for seed in row.seeds})
+        return f"{s['device']}, {s['dtype']}, {text}seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
     @property
     def task_names(self) -> list[str]:
@@ -202,7 +243,7 @@ class Group:
 
 def doubts_of(rows: Iterable[Row]) -> list[str]:
     """What casts doubt on the numbers of rows that stand together."""
-    rows = list(rows)
+    rows = [one for row in rows for one in row.repeats or [row]]
     records = [row.record for row in rows]
     gpus = [r["machine"].get("gpu") or {} for r in records]
     gpus += [row.part("latency").get("watch") or {} for row in rows]
@@ -221,7 +262,7 @@ def doubts_of(rows: Iterable[Row]) -> list[str]:
     for row in rows:
         warnings = (row.part("artifact").get("manifest") or {}).get("warnings") or ()
         doubts += [f"{row.label}, {text}" for text in warnings]
-    return doubts
+    return list(dict.fromkeys(doubts))
 
 
 @dataclass(frozen=True)
@@ -268,20 +309,65 @@ def group(records: Iterable[Record]) -> list[Group]:
     """Records by machine and setting, in order of first appearance; rows by method, then falling density."""
     members: dict[str, list[Record]] = {}
     for record in records:
-        setting = [record["cell"].get(name) for name in SETTING]
+        setting = [record["cell"].get(name) for name in SHARED]
         members.setdefault(json.dumps([record["machine"].get("identity"), setting], sort_keys=True), []).append(record)
     return [_group(found) for found in members.values()]
 
 
 def _group(records: list[Record]) -> Group:
-    measured = [r for r in records if r["status"] == "ok"]
-    dense = next((r for r in measured if r["cell"]["method"] == "dense"), None)
-    rows = sorted((Row(r, dense) for r in measured), key=_order)
-    setting = {name: records[0]["cell"].get(name) for name in SETTING}
-    left_out = [r for r in records if r["status"] != "ok"]
-    found = Group(records[0]["machine"], setting, rows, left_out)
+    measured = sorted((r for r in records if r["status"] == "ok"), key=lambda r: r["cell"].get("timed", True))
+    dense = {r["cell"]["seed"]: r for r in measured if r["cell"]["method"] == "dense"}
+    found = Group(
+        records[0]["machine"],
+        {name: records[0]["cell"].get(name) for name in SHARED},
+        sorted(combine(Row(r, dense.get(r["cell"]["seed"])) for r in measured), key=_order),
+        [r for r in records if r["status"] != "ok"],
+    )
     rank(found)
     return found
+
+
+def combine(rows: Iterable[Row]) -> list[Row]:
+    """Rows of one table with the seeds of a cell joined; of the same cell and seed the last one counts."""
+    cells: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        cell = row.record["cell"]
+        cells.setdefault(json.dumps([row.method, cell["options"], row.target]), {})[cell["seed"]] = row
+    return [_joined([found[seed] for seed in sorted(found)]) for found in cells.values()]
+
+
+def _joined(repeats: list[Row]) -> Row:
+    if len(repeats) == 1:
+        return repeats[0]
+    dense = [row.dense for row in repeats if row.dense]
+    record = _mean_record([row.record for row in repeats])
+    source = max(repeats, key=lambda row: str(row.record["time"])).source
+    found = Row(record, _mean_record(dense) if len(dense) == len(repeats) else None, source=source, repeats=repeats)
+    if record.get("latency"):  # without samples there is no interval that includes the seed
+        ratio = found.speedup_over(None)
+        ends = [ratio.low, ratio.high] if ratio else None
+        verdict = stats.verdict((ratio.low, ratio.high)) if ratio else None
+        record["latency"] |= {"speedup": ratio and ratio.estimate, "ci": ends, "verdict": verdict}
+    return found
+
+
+def _mean_record(records: list[Record]) -> Record:
+    """The newest record, with what was measured averaged."""
+    newest = max(records, key=lambda record: str(record["time"]))
+    return {**newest, "items": {}, **{name: _mean([record.get(name) for record in records]) for name in MEASURED}}
+
+
+def _mean(values: list[Any]) -> Any:
+    """Numbers averaged through all levels, over the values that have them; of anything else the last value."""
+    known = [value for value in values if value is not None and value != {}]
+    if known and all(isinstance(value, dict) for value in known):
+        names = [name for name in dict.fromkeys(n for value in known for n in value) if name != "samples"]
+        return {name: _mean([value[name] for value in known if name in value]) for name in names}
+    if known and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in known):
+        return known[0] if len(set(known)) == 1 else sum(known) / len(known)
+    if known and all(isinstance(value, list) and len(value) == len(known[0]) for value in known):
+        return [_mean(list(members)) for members in zip(*known, strict=True)]
+    return known[-1] if known else values[-1]
 
 
 def _order(row: Row) -> tuple[int, str, str, float]:

@@ -28,10 +28,12 @@ class Column:
 def name_columns(group: Group) -> list[Column]:
     """Who a row is about; without a column of options where nobody set any."""
     options = [Column("options", lambda r: r.options or NONE, "options")] if any(r.options for r in group.rows) else []
+    seeds = [Column("seeds", lambda r: str(len(r.seeds)), "seeds")] if any(r.repeats for r in group.rows) else []
     return [
         Column("method", lambda r: r.method, "method", lambda r: r.label),
         *options,
         Column("target density", lambda r: NONE if r.target is None else f"{r.target:g}"),
+        *seeds,
     ]
 
 

@@ -61,6 +61,7 @@ def _row(row: Row, table: Group) -> dict[str, Any]:
         "options": row.options,
         "target": row.target,
         "label": row.label,
+        "seeds": len(row.seeds),
         "baseline": row.is_baseline,
         "density": row.part("density").get("model"),
         "layers": {name: site["layers"] for name, site in sites.items() if site.get("layers")},

@@ -338,6 +338,7 @@ const SETTING = [["mode", (r) => r.mode], ["batch", (r) => String(r.batch), (r) 
 const COLUMNS = [
   ["method", (r) => r.label],
   ["options", (r) => r.options || NONE],
+  ["seeds", (r) => (r.seeds > 1 ? String(r.seeds) : NONE), (r) => r.seeds],
   ["rank ≤ 1 %", (r) => r.ranks[0]?.text ?? NONE, (r) => r.ranks[0]?.place ?? null],
   ["rank ≤ 3 %", (r) => r.ranks[1]?.text ?? NONE, (r) => r.ranks[1]?.place ?? null],
   ["speed-up [95 %]", (r) => (r.cpu ? NONE : interval(r.speedup)), (r) => (r.cpu ? null : r.speedup?.[0] ?? null)],

@@ -124,3 +124,46 @@ def test_verdict_does_not_depend_on_the_direction(low: float, width: float) -> N
     high = low * width
     if min(abs(x - y) for x in (low, high) for y in (1.03, 1 / 1.03)) > 1e-9:
         assert stats.verdict((1 / high, 1 / low)) == opposite[stats.verdict((low, high))]
+
+
+def test_repeated_difference_has_the_spread_of_seeds_and_of_items() -> None:
+    def seed(delta: float, noise: float, count: int = 200) -> list[stats.Part]:
+        rng = np.random.default_rng(int(1000 * delta))
+        return [((delta + noise * rng.standard_normal(count)).tolist(), [0.0] * count, None)]
+
+    same = stats.repeated_difference([seed(1.0, 0.0), seed(1.0, 0.0)])
+    assert (same.estimate, same.low, same.high) == (1.0, 1.0, 1.0)
+    apart = stats.repeated_difference([seed(0.0, 0.0), seed(0.5, 0.0), seed(1.0, 0.0)])
+    assert (apart.estimate, apart.low, apart.high) == pytest.approx((0.5, 0.0, 1.0))
+    one = stats.repeated_difference([seed(1.0, 1.0)])
+    plain = stats.difference(*seed(1.0, 1.0)[0])
+    assert (one.estimate, one.low, one.high) == pytest.approx((plain.estimate, plain.low, plain.high), abs=0.02)
+
+
+def test_repeated_difference_weighs_items_and_averages_parts() -> None:
+    window: stats.Part = ([1.0, 4.0], [0.0, 0.0], [3, 1])
+    assert stats.repeated_difference([[window]]).estimate == pytest.approx(1.75)
+    task: stats.Part = ([0.25], [0.0], None)
+    assert stats.repeated_difference([[window, task], [window, task]]).estimate == pytest.approx(1.0)
+    for wrong in ([], [[]], [[([1.0], [], None)]]):
+        with pytest.raises(ValueError):
+            stats.repeated_difference(wrong)
+
+
+def test_repeated_difference_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(100):
+        parts = [[((level + rng.standard_normal(20)).tolist(), [0.0] * 20, None)] for level in rng.standard_normal(12)]
+        found = stats.repeated_difference(parts, resamples=150)
+        hits += found.low <= 0 <= found.high
+    assert 82 <= hits <= 99  # items alone would cover 40 or so
+
+
+def test_repeated_speedup_is_the_geometric_mean_and_includes_the_seed() -> None:
+    slow, fast = ([[2.0] * 8] * 3, [[1.0] * 8] * 3), ([[2.0] * 8] * 3, [[2.0] * 8] * 3)
+    found = stats.repeated_speedup([slow, fast])
+    assert (found.estimate, found.low, found.high) == pytest.approx((2**0.5, 1.0, 2.0))
+    assert stats.repeated_speedup([slow, slow]).low == pytest.approx(2.0)
+    with pytest.raises(ValueError):
+        stats.repeated_speedup([slow, ([[1.0]], [])])
