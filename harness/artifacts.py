@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from .models import LoadedModel
 
 SHIPPED = Path(__file__).parent / "reference" / "artifacts"
+SHIPPED_SEED = 0
 WINDOW = 512  # tokens per calibration or training window
 CALIBRATION_WINDOWS = 64
 
@@ -33,9 +34,11 @@ def cache_dir() -> Path:
     return Path(os.environ.get("ACTIVATION_SPARSITY_CACHE") or base / "activation-sparsity")
 
 
-def shipped(loaded: LoadedModel, method: Method, density: float | None) -> Path | None:
-    """The artifact that comes with an embedded model: it stands for the method's default options."""
+def shipped(loaded: LoadedModel, method: Method, density: float | None, seed: int) -> Path | None:
+    """The artifact that comes with an embedded model: it stands for the method's default options and seed."""
     if loaded.spec.kind != "reference" or loaded.weights_kind == "synthetic" or method.given or density is None:
+        return None
+    if seed != SHIPPED_SEED:  # a repeat that did not train again would have no spread
         return None
     folder = SHIPPED / loaded.spec.name / f"{method.name}-{density:g}"
     return folder if (folder / CONFIG_FILE).is_file() else None
@@ -91,7 +94,7 @@ def obtain(
 def existing(loaded: LoadedModel, method: Method, density: float | None, corpus: Corpus, seed: int) -> Artifact | None:
     """The artifact that is cached or shipped, if any. Raises UsageError when it is damaged."""
     folder = _cached(loaded, method, density, corpus, seed)
-    place = folder if (folder / CONFIG_FILE).is_file() else shipped(loaded, method, density)
+    place = folder if (folder / CONFIG_FILE).is_file() else shipped(loaded, method, density, seed)
     return None if place is None else Artifact.from_pretrained(place)
 
 

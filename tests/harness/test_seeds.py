@@ -101,3 +101,15 @@ def test_seeds_of_several_sets_meet_in_the_merged_page(tmp_path: Path) -> None:
     assert [row.seeds for row in section.groups[0].rows] == [[0, 1, 2], [0, 1, 2]]
     text = board.page(board.sets(tmp_path))
     assert "seeds 0, 1, 2" in text
+
+
+def test_a_shipped_artifact_stands_for_its_own_seed_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from harness import artifacts, models
+    from harness.corpus import load_corpus
+    from methods.registry import create
+
+    monkeypatch.setenv("ACTIVATION_SPARSITY_CACHE", str(tmp_path))
+    loaded, teal = models.load(models.resolve("reference"), "real", "cpu", "float32"), create("teal", {})
+    corpus = load_corpus("stdlib")
+    assert artifacts.existing(loaded, teal, 0.5, corpus, 0) is not None
+    assert artifacts.existing(loaded, teal, 0.5, corpus, 1) is None
