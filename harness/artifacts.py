@@ -87,7 +87,8 @@ def obtain(
         if artifact is None:
             artifact = next(made)
             artifact.manifest.update(_origin(loaded))
-            artifact.save_pretrained(_cached(loaded, method, density, corpus, seed))
+            if machine.rank() == 0:
+                artifact.save_pretrained(_cached(loaded, method, density, corpus, seed))
         yield artifact
 
 

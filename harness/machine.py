@@ -51,6 +51,11 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     return machine
 
 
+def rank() -> int:
+    """Of this process among those that a launcher started; only 0 writes and speaks."""
+    return int(os.environ.get("RANK", "0"))
+
+
 def identity(device: str = "cpu") -> str:
     """A short hash of what decides a number: the GPU and its driver, or the CPU and its threads; the versions."""
     return describe(device)["identity"]

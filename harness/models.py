@@ -112,11 +112,16 @@ def resolve(name: str) -> ModelSpec:
 
 
 def resolve_device(name: str = "auto") -> str:
-    """`auto`, `cpu`, `cuda` or `cuda:<n>` as torch names it. Raises UsageError for a device this machine lacks."""
+    """`auto`, `cpu`, `cuda` or `cuda:<n>` as torch names it; a launcher's processes get a GPU each.
+
+    Raises UsageError for a device this machine lacks.
+    """
     import torch
 
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     match = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
     if not match:
         raise UsageError(f"unknown device '{name}': choose auto, cpu, cuda or cuda:<n>.")

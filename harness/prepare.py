@@ -39,7 +39,7 @@ def main(args: argparse.Namespace) -> int:
     cells = [c for c in plan.build_plan(argparse.Namespace(**options)) if c.method not in plan.BASELINES]
     if not cells:
         raise UsageError("these methods have nothing to prepare: name one that calibrates or trains, like teal.")
-    from . import artifacts, models
+    from . import artifacts, machine, models
     from .corpus import load_corpus
     from .progress import Display
 
@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
                 for density, artifact in zip(densities, found, strict=True):
                     spent = artifact.manifest.get("seconds")
                     display.say(f"  {method_name} {density}: {artifact.hash}, prepared in {spent} s")
-                    if args.save:
+                    if args.save and machine.rank() == 0:
                         suffix = "" if density is None else f"-{density:g}"
                         place = Path(args.save) / Path(name).name / f"{method_name}{suffix}"
                         display.say(f"  saved in {artifact.save_pretrained(place)}")

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from time import monotonic
 from types import TracebackType
 
+from .machine import rank
+
 LINE_SECONDS = 15.0  # without a terminal, a stage reports at most this often
 
 
@@ -21,10 +23,11 @@ class Display:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.weights, self.spent, self.seconds, self.number = weights, 0.0, 0.0, 0
-        self.console = Console(stderr=True, highlight=False)
-        self.live = self.console.is_terminal
+        quiet = rank() > 0
+        self.console = Console(stderr=True, highlight=False, quiet=quiet)
+        self.live = self.console.is_terminal and not quiet
         if not self.live:
-            self.console = Console(stderr=True, highlight=False, width=200)  # logs need no wrapping
+            self.console = Console(stderr=True, highlight=False, width=200, quiet=quiet)  # logs need no wrapping
         self.progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

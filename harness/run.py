@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -26,6 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Exit code 0 when every cell has a result, 1 when one failed (its record says why)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError("run measures in one process: only `prepare` goes under `accelerate launch`.")
     cells = plan.build_plan(args)
     if args.dry_run:
         print(dry_run(cells))

@@ -190,11 +190,12 @@ class _Trainer:
 
     def _stage1(self, eta: float) -> None:
         from .shared.selection import expert_usage, mean_density
+        from .shared.training import agreed
 
         start = perf_counter()
         student = self._student(None)
         student.train_soft(eta, self.options.stage1_steps, f"lte stage 1 at eta {eta:.3g}", self._file(eta, 1))
-        self.density[eta] = mean_density(expert_usage(student.student, self.data.calibration))
+        self.density[eta] = agreed(mean_density(expert_usage(student.student, self.data.calibration)))
         self.trained[eta] = student.state()
         self.tokens += self.tuning.tokens(self.options.stage1_steps)
         self.seconds += perf_counter() - start
@@ -239,10 +240,12 @@ class _Student:
 
         self.options, self.seed = options, tuning.seed
         self.student = Student(model, tuning, permutations, layer)
-        self.model, self.parameters = self.student.model, self.student.parameters
-        self.layers: list[Any] = self.student.layers()
         if state is not None:
             self.student.load(state)
+
+    @property
+    def layers(self) -> list[Any]:
+        return self.student.layers()
 
     def state(self) -> dict[str, Tensor]:
         return self.student.state()

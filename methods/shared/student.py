@@ -22,7 +22,7 @@ from ..base import Data, Method, Progress
 from ..errors import UsageError
 from ..families import Block, blocks
 from .experts import neuron_order, permuted, place_ffn, quantise
-from .training import train
+from .training import sharded, train, whole
 
 MINIMUM = 5000  # tokens; less is learned by heart
 FORMAT = 2  # of checkpoints: those that an earlier version left are not read
@@ -96,7 +96,6 @@ class Student:
     """A float32 copy of a model, everything but embeddings and lm_head trainable.
 
     permutations: neuron orders, `permutation.<block>` int [neurons]; layer: makes what stands in for a block's FFN.
-    `parameters`: by the names of the base model.
     """
 
     def __init__(
@@ -109,18 +108,26 @@ class Student:
         self.tuning, self.phase, self.meter = tuning, Phase(), Meter()
         self.phase.active = True
         self.model = copy.deepcopy(model).float().requires_grad_(True)
-        self.parameters = dict(self.model.named_parameters())
+        named = dict(self.model.named_parameters())
         embeddings = {id(m.weight) for m in (self.model.get_input_embeddings(), self.model.get_output_embeddings())}
         with torch.no_grad():
             for name, order in neuron_order(self.model, permutations or {}).items():
-                self.parameters[name].copy_(permuted(self.parameters[name], order))
-        for parameter in self.parameters.values():
+                named[name].copy_(permuted(named[name], order))
+        for parameter in named.values():
             parameter.requires_grad_(id(parameter) not in embeddings)
         self._layers: list[ExpertFFN] = []
         for block in list(blocks(self.model)) if layer else ():
             assert layer is not None
             self._layers.append(layer(block, self.phase, self.meter))
             place_ffn(block, self._layers[-1], self._set)
+        now = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        self._names = {name: now[id(parameter)] for name, parameter in named.items()}
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By the names of the base model."""
+        found = dict(self.model.named_parameters())
+        return {name: found[now] for name, now in self._names.items()}
 
     def layers(self) -> list[ExpertFFN]:
         """What stands in for the FFNs, in model order."""
@@ -140,7 +147,7 @@ class Student:
         setattr(self.model.get_submodule(parent), name, module)
 
     def state(self) -> dict[str, Tensor]:
-        return {name: p.detach().cpu().clone() for name, p in self.model.named_parameters()}
+        return {name: whole(p.detach()).cpu().clone() for name, p in self.model.named_parameters()}
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
@@ -155,8 +162,16 @@ class Student:
     def train(
         self, loss: Callable[[Tensor, float], Tensor], steps: int, label: str, checkpoint: Path | None = None
     ) -> list[float]:
-        """`training.train` on this student's text; `loss` is called with windows and the share of the steps done."""
-        return train(
+        """`training.train` on this student's text; `loss` is called with windows and the share of the steps done.
+
+        FSDP turns a model's parameters into shards for good: a copy that stayed whole takes the trained values over.
+        """
+        spare, device = None, next(self.model.parameters()).device
+        if sharded():
+            self.model.cpu()
+            spare = copy.deepcopy((self.model, self._layers, self.phase, self.meter))
+            self.model.to(device)
+        losses = train(
             self.model,
             self.tuning.windows,
             loss,
@@ -164,11 +179,18 @@ class Student:
             batch=self.tuning.batch,
             learning_rate=self.tuning.lr,
             accumulate=self.tuning.accumulate,
+            divide=True,
             seed=self.tuning.seed,
             label=label,
             progress=self.tuning.progress,
             checkpoint=checkpoint,
         )
+        if spare is not None:
+            trained = self.state()
+            self.model, self._layers, self.phase, self.meter = spare
+            self.load(trained)
+            self.model.to(device)
+        return losses
 
     def deltas(self, base: PreTrainedModel, permutations: dict[str, Tensor]) -> dict[str, Tensor]:
         """`delta.<name>` and `scale.<name>`: trained parameters as 8-bit differences to the base model's.
@@ -176,9 +198,9 @@ class Student:
         Both in the order of `permutations`, which must be the one the student was made with.
         """
         found: dict[str, Tensor] = {}
-        order = neuron_order(base, permutations)
+        order, parameters = neuron_order(base, permutations), self.parameters
         for name, original in base.named_parameters():
-            parameter = self.parameters[name]
+            parameter = parameters[name]
             if parameter.requires_grad:
                 delta = parameter.detach() - permuted(original.detach(), order.get(name)).float()
                 found[f"delta.{name}"], found[f"scale.{name}"] = quantise(delta)

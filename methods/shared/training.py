@@ -1,4 +1,8 @@
-"""The training loop every trained method uses: same optimiser, same schedules, resumable."""
+"""The training loop every trained method uses: same optimiser, same schedules, resumable.
+
+It runs on accelerate: under `accelerate launch`, which decides on processes, precision and FSDP, every step's windows
+are divided among the processes. Without, there is one process, and nothing of it is felt.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +10,20 @@ import json
 import math
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from pathlib import Path
 from time import perf_counter
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..base import Progress, silent
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 CHECKPOINT_SECONDS = 60.0
 
@@ -36,6 +46,7 @@ def train(
     warmup: float = 0.06,
     accumulate: int = 1,
     mixed: bool = True,
+    divide: bool = False,
     validate: Callable[[], float] | None = None,
     every: int = 1,
     patience: int = 0,
@@ -50,57 +61,166 @@ def train(
 
     AdamW (0.9, 0.999), gradient clipping at 1.0, by default no weight decay and linear warm-up, then linear decay to
     zero: the defaults of the transformers Trainer, which the LTE paper builds on. Mixed bfloat16 where the hardware has
-    it, unless `mixed` is off.
-    windows: [n, ...], of any dtype; batch: windows per step, processed in `accumulate` parts. Returns the loss of every
-    step. `validate` (lower is better) is asked every `every` steps; the best parameters it saw are those at the end,
-    and training stops after `patience` answers that were no better (0: never), or at one below `goal`. With
-    `checkpoint`, the state is saved every minute and at the end, and a later call with the same arguments goes on from
-    there, to the same result.
+    it (float16 where accelerate's configuration asks for it), unless `mixed` is off.
+    windows: [n, ...], of any dtype; batch: windows per step, processed in `accumulate` parts; divide: among the
+    processes, where there are several, instead of all of them in each. Returns the loss of every step. `validate`
+    (lower is better) is asked every `every` steps; the best parameters it saw are those at the end, and training stops
+    after `patience` answers that were no better (0: never), or at one below `goal`. With `checkpoint`, the state is
+    saved every minute and at the end, and a later call with the same arguments goes on from there, to the same result.
+    Raises UsageError when the loss is no longer finite.
     """
     device = next(model.parameters()).device
-    mixed = mixed and (device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    team = _Team(divide)
+    step_loss: nn.Module = _StepLoss(model, loss, mixed, team.precision)
+    parameters = [p for p in model.parameters() if p.requires_grad]
     fused = device.type == "cuda"
-    optimiser = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=weight_decay, fused=fused)
+    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay, fused=fused)
+    step_loss, optimiser = team.prepare(step_loss, optimiser)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # FSDP has put shards in their place
     rising = max(1, round(warmup * steps))
     best = _Best(trained, patience, goal)
     identity = [steps, batch, learning_rate, seed, schedule, accumulate, patience, goal, weight_decay]
-    state = _State(checkpoint, json.dumps(identity))
+    state = _State(checkpoint, json.dumps(identity), team.is_main)
     losses = state.load(trained, optimiser, best)
     saved, finished = perf_counter(), bool(losses) and (len(losses) == steps or best.given_up)
     history = [torch.tensor(value) for value in losses]
     for step in range(len(losses), steps):
         if best.given_up:
             break
-        # Drawn from (seed, step) alone, so that a resumed run sees the same batches.
+        # Drawn from (seed, step) alone, so that a resumed run sees the same batches, on any number of processes.
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         rows = torch.randint(len(windows), (batch,), generator=generator)
         value = torch.zeros((), device=device)
-        for part in rows.chunk(accumulate):
-            with torch.autocast(device.type, torch.bfloat16, enabled=mixed):
-                partial = loss(windows[part].to(device), step / steps) * (len(part) / batch)
-            partial.backward()
+        parts = team.share(rows, accumulate)
+        for number, part in enumerate(parts):
+            with nullcontext() if number + 1 == len(parts) else team.no_sync(step_loss):
+                partial = step_loss(windows[part].to(device), step / steps) * (len(part) / batch)
+                team.backward(partial)
             value += partial.detach()
-        nn.utils.clip_grad_norm_(trained.values(), 1.0)
+        team.clip(trained.values(), 1.0)
         left = SCHEDULES[schedule](min(1.0, (steps - step) / max(1, steps - rising)))
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * min((step + 1) / rising, left)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
-        history.append(value)
+        history.append(team.total(value))
         if step % 10 == 9 or step + 1 == steps:
             if not math.isfinite(latest := float(history[-1])):
                 raise UsageError(f"{label} diverged, its loss is {latest} after {step + 1} steps: try a smaller lr.")
             progress(f"{label}, loss {latest:.3f}", step + 1, steps)
         if validate is not None and ((step + 1) % every == 0 or step + 1 == steps):
             best.see(validate())
-        if perf_counter() - saved > CHECKPOINT_SECONDS:
+        if checkpoint is not None and team.agree(perf_counter() - saved > CHECKPOINT_SECONDS):
             state.save(trained, optimiser, best, history)
             saved = perf_counter()
     if not finished:
         state.save(trained, optimiser, best, history)
     best.restore()
+    team.leave()
     return [float(value) for value in history]
+
+
+@cache
+def accelerator() -> Accelerator:
+    """The process's one, as `accelerate launch` or its environment has configured it."""
+    from accelerate import Accelerator
+
+    found = Accelerator()
+    if plugin := _fsdp(found):
+        if plugin.fsdp_version != 2:
+            raise UsageError("training is sharded by FSDP 2: set fsdp_version: 2 in accelerate's configuration.")
+        plugin.cpu_ram_efficient_loading = False  # every process has read the weights
+    return found
+
+
+def sharded() -> bool:
+    """Whether FSDP holds the parameters of a model in training."""
+    return _fsdp(accelerator()) is not None
+
+
+def _fsdp(hub: Accelerator) -> Any:
+    return getattr(hub.state, "fsdp_plugin", None)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor of which FSDP may have left a shard here, complete; every process has to ask."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+def agreed(value: float) -> float:
+    """The first process's value, on all of them: what decides how training goes on."""
+    return _Team(divide=True).agree(value)
+
+
+class _StepLoss(nn.Module):
+    """The loss of a batch as a module's forward: DDP and FSDP have to see it begin and end."""
+
+    def __init__(
+        self, model: nn.Module, loss: Callable[[Tensor, float], Tensor], mixed: bool, precision: torch.dtype
+    ) -> None:
+        super().__init__()
+        self.model, self.loss, self.mixed, self.precision = model, loss, mixed, precision
+        self.blocks = list(getattr(model, "_no_split_modules", None) or ())  # what FSDP shards by
+
+    def forward(self, windows: Tensor, done: float) -> Tensor:
+        mixed = self.mixed and (windows.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
+        with torch.autocast(windows.device.type, self.precision, enabled=mixed):
+            return self.loss(windows, done)
+
+
+class _Team:
+    """What the processes do together; alone, or where training is not divided, the plain thing."""
+
+    def __init__(self, divide: bool) -> None:
+        self.hub = accelerator()
+        self.size = self.hub.num_processes if divide else 1
+        self.divide = divide
+        self.is_main = self.hub.is_main_process
+        self.precision = torch.float16 if divide and self.hub.mixed_precision == "fp16" else torch.bfloat16
+
+    def prepare(self, step_loss: nn.Module, optimiser: Any) -> tuple[nn.Module, Any]:
+        if not self.divide:
+            return step_loss, optimiser
+        if plugin := _fsdp(self.hub):
+            plugin.transformer_cls_names_to_wrap = step_loss.blocks  # of this model, not of an earlier one
+        prepared: tuple[nn.Module, Any] = self.hub.prepare(step_loss, optimiser, device_placement=[False, False])
+        return prepared
+
+    def share(self, rows: Tensor, parts: int) -> tuple[Tensor, ...]:
+        """This process's of a step's rows, in parts."""
+        if len(rows) < self.size * parts:
+            raise UsageError(
+                f"{len(rows)} windows a step are too few for {self.size} processes with {parts} parts each: "
+                "give a larger batch."
+            )
+        return rows.tensor_split(self.size)[self.hub.process_index if self.size > 1 else 0].tensor_split(parts)
+
+    def no_sync(self, step_loss: nn.Module) -> AbstractContextManager[Any]:
+        return self.hub.no_sync(step_loss) if self.divide else nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        if self.divide:
+            self.hub.backward(loss * self.size)  # gradients are averaged over processes, and wanted is their sum
+        else:
+            loss.backward()
+
+    def clip(self, parameters: Any, norm: float) -> None:
+        (self.hub if self.divide else nn.utils).clip_grad_norm_(list(parameters), norm)
+
+    def total(self, value: Tensor) -> Tensor:
+        return self.hub.reduce(value, "sum") if self.size > 1 else value
+
+    def agree(self, value: Any) -> Any:
+        if self.size == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        return broadcast_object_list([value])[0]
+
+    def leave(self) -> None:
+        if self.divide:
+            self.hub.free_memory()
+            self.hub.wait_for_everyone()
 
 
 class _Best:
@@ -129,10 +249,13 @@ class _Best:
 
 
 class _State:
-    """One safetensors file, replaced atomically: parameters, the best ones, AdamW's moments, the losses so far."""
+    """One safetensors file, replaced atomically: parameters, the best ones, AdamW's moments, the losses so far.
 
-    def __init__(self, path: Path | None, identity: str) -> None:
-        self.path, self.identity = path, identity
+    Complete tensors, whatever is sharded, so that training goes on with any number of processes.
+    """
+
+    def __init__(self, path: Path | None, identity: str, writes: bool = True) -> None:
+        self.path, self.identity, self.writes = path, identity, writes
 
     def load(self, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, best: _Best) -> list[float]:
         if self.path is None or not self.path.exists():
@@ -147,14 +270,14 @@ class _State:
             best.value, best.waited = json.loads(header["best"])
             with torch.no_grad():
                 for name, parameter in trained.items():
-                    parameter.copy_(file.get_tensor(name))
+                    parameter.copy_(_like(parameter, file.get_tensor(name)))
                     optimiser.state[parameter] = {
                         "step": torch.tensor(float(len(losses)), device=parameter.device),
-                        "exp_avg": file.get_tensor(f"{name}.m").to(parameter.device),
-                        "exp_avg_sq": file.get_tensor(f"{name}.v").to(parameter.device),
+                        "exp_avg": _like(parameter, file.get_tensor(f"{name}.m")),
+                        "exp_avg_sq": _like(parameter, file.get_tensor(f"{name}.v")),
                     }
                     if best.value < math.inf:
-                        best.tensors[name] = file.get_tensor(f"{name}.best").to(parameter.device)
+                        best.tensors[name] = _like(parameter, file.get_tensor(f"{name}.best"))
         return losses
 
     def save(
@@ -169,9 +292,22 @@ class _State:
             moments = optimiser.state[parameter]
             tensors[name] = parameter.detach()
             tensors[f"{name}.m"], tensors[f"{name}.v"] = moments["exp_avg"], moments["exp_avg_sq"]
+        complete = {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
+        if not self.writes:
+            return
         losses = json.dumps([float(v) for v in history])
         header = {"identity": self.identity, "losses": losses, "best": json.dumps([best.value, best.waited])}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_suffix(f".{os.getpid()}")
-        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, scratch, metadata=header)
+        save_file(complete, scratch, metadata=header)
         os.replace(scratch, self.path)
+
+
+def _like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A complete value where and how its parameter is: moved, and sharded if that is."""
+    value = value.to(parameter.device)
+    if not hasattr(parameter, "device_mesh"):
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]

@@ -186,6 +186,15 @@ def test_too_large_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         models.load(models.resolve("opt-125m"), "synthetic", "cpu")
 
 
+def test_a_launchers_processes_get_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    assert models.resolve_device() == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert models.resolve_device() == models.resolve_device("cuda") == "cuda:3"
+    assert models.resolve_device("cuda:1") == "cuda:1"
+
+
 def test_devices_and_dtypes() -> None:
     assert models.resolve_dtype("auto", "cpu") == "float32" and models.resolve_dtype("auto", "cuda") == "bfloat16"
     assert models.resolve_dtype("half") == "float16" and models.resolve_device("cpu") == "cpu"

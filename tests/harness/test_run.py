@@ -266,3 +266,8 @@ def test_a_damaged_artifact_ends_the_run_before_it_measures(
     assert cli.main([*arguments, "--force"]) == 2
     assert "harness prepare --force" in capsys.readouterr().err
     assert store.load(tmp_path / "out") == before
+
+
+def test_measuring_under_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["run", "--methods", "teal"]) == 2

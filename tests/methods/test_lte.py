@@ -58,7 +58,7 @@ def test_all_experts_on_is_the_dense_model(make: object) -> None:
     s = student(model)
     for layer in s.layers:
         layer.selector.threshold.fill_(-torch.inf)
-    assert torch.allclose(s.model(input_ids=ids).logits, dense, atol=1e-4)
+    assert torch.allclose(s.student.model(input_ids=ids).logits, dense, atol=1e-4)
     for layer in s.layers:
         layer.selector.threshold.fill_(torch.inf)
     x = torch.randn(3, 64)
@@ -134,7 +134,7 @@ def test_penalties_stay_finite_at_the_threshold_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         loss = s.student.task_loss(windows(2)) + sum(penalties(torch.stack([n.scores for n in s.layers]), 1e-3))
     loss.backward()
-    trained = {name: p for name, p in s.model.named_parameters() if p.requires_grad}
+    trained = {name: p for name, p in s.student.model.named_parameters() if p.requires_grad}
     assert s.layers[0].scores.dtype == torch.float32 and "model.layers.0.mlp.selector.layers.0" in trained
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in trained.values())
 
@@ -149,11 +149,11 @@ def test_stages_train_what_they_should() -> None:
         not torch.equal(layer.selector.layers[0], before) for layer, before in zip(s.layers, routers, strict=True)
     )
     routers = [layer.selector.layers[0].detach().clone() for layer in s.layers]
-    before = {n: p.detach().clone() for n, p in s.parameters.items() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in s.student.parameters.items() if p.requires_grad}
     s.train_hard(2, "stage 2", None)
     assert all(torch.equal(layer.selector.layers[0], r) for layer, r in zip(s.layers, routers, strict=True))
-    assert any(not torch.equal(s.parameters[n], v) for n, v in before.items())
-    assert torch.equal(s.model.get_input_embeddings().weight, embedding)
+    assert any(not torch.equal(s.student.parameters[n], v) for n, v in before.items())
+    assert torch.equal(s.student.model.get_input_embeddings().weight, embedding)
 
 
 def test_a_larger_eta_gives_a_lower_density() -> None:
@@ -179,7 +179,7 @@ def test_the_artifact_reproduces_the_student() -> None:
     artifact = parse("lte").artifact(model, 0.5, s2.tensors(model, permutations), {})
     with torch.no_grad(), sparsify(model, artifact, "all"):
         stored = model(input_ids=ids).logits
-    expected = s2.model(input_ids=ids).logits
+    expected = s2.student.model(input_ids=ids).logits
     assert (stored - expected).norm() / expected.norm() < 0.02
 
 

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from methods import UsageError, sparsify
 from methods.base import Data
 from methods.registry import parse
 from methods.shared import training
+from methods.shared.student import Student, dense_ffn
 from methods.shared.training import SCHEDULES, train
+from tests.methods import team
 from tests.methods.models import data, llama, windows
 
 
@@ -84,6 +90,32 @@ def test_early_stopping_resumes_exactly(tmp_path: Path, monkeypatch: pytest.Monk
         run(place, len(straight[0]) - 2)
     for resumed in (run(place, None), run(place, 1)):  # the second finds it finished, and asks nothing
         assert resumed[0] == pytest.approx(straight[0]) and torch.equal(resumed[1], straight[1])
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_processes_train_what_one_does(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of them, each with half of every batch; and one goes on where two were interrupted."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", team.__file__, tmp_path, kind]
+    root = Path(__file__).parents[2]
+    paths = {"PYTHONPATH": f"{root}:{root / 'kernels'}", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *map(str, command)], env={**os.environ, **paths}, check=True, timeout=300)
+    student, losses = team.tuned(None)
+    resumed, all_losses = team.tuned(tmp_path)
+    assert all_losses == pytest.approx(losses, rel=1e-4)
+    ranks = [load_file(tmp_path / f"rank{rank}") for rank in range(2)]
+    assert all(torch.equal(ranks[0][name], value) for name, value in ranks[1].items())
+    assert ranks[0].pop("losses").tolist() == pytest.approx(losses, rel=1e-4)
+    before = Student(llama(), student.tuning, None, dense_ffn("relu")).state()
+    for name, value in student.state().items():
+        for other in (ranks[0][name], resumed.state()[name]):  # AdamW divides by the root of tiny squares
+            assert (other - value).norm() <= 0.01 * (value - before[name]).norm() + 1e-6, name
+
+
+def test_more_processes_than_windows_are_refused() -> None:
+    with pytest.raises(UsageError, match="larger batch"):
+        fit(*line(), batch=2, accumulate=3)
 
 
 def test_training_that_diverges_is_an_error() -> None:
