@@ -66,7 +66,8 @@ class Decoder:
         self.position.fill_(self.prompt.shape[1])
         layers: Any = self.cache.layers
         for layer in layers:
-            layer.cumulative_length.fill_(self.prompt.shape[1])
+            if hasattr(layer, "cumulative_length"):  # not where keys and values are those of an earlier layer
+                layer.cumulative_length.fill_(self.prompt.shape[1])
 
     def step(self, forward: Callable[..., Any]) -> None:
         logits = forward(input_ids=self.token, position_ids=self.position, use_cache=True, **self.extra).logits
