@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class DenseFinetunedOptions:
     """steps, batch (windows per step): the budget, by default what lte and d2dmoe spend on one artifact; lr: learning
-    rate (0: as for lte)."""
+    rate (0: as for lte); lora_rank: as for lte."""
 
     steps: int = 450
     batch: int = 8
     lr: float = 0.0
+    lora_rank: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1:
+        if self.steps < 1 or self.batch < 1 or self.lora_rank < 0:
             raise UsageError("dense-finetuned needs steps and batch of at least 1: try dense-finetuned:steps=450.")
 
 
@@ -45,8 +46,9 @@ class DenseFinetuned(Method):
         from .shared.student import LTE_RATE, Student, Tuning, checkpoint_file, learning_rate
 
         start, steps, batch = perf_counter(), self.options.steps, self.options.batch
-        rate = learning_rate(model, self.options.lr, LTE_RATE)
-        student = Student(model, Tuning(data.train(steps * batch), batch, rate, data.seed, progress))
+        rank = self.options.lora_rank
+        rate = learning_rate(model, self.options.lr, LTE_RATE, rank)
+        student = Student(model, Tuning(data.train(steps * batch), batch, rate, data.seed, progress, lora_rank=rank))
         notes = student.tuning.notes(steps)
         place = checkpoint_file(data, self, model, "dense")
         losses = student.train(lambda ids, done: student.task_loss(ids), steps, "dense fine-tuning", place)

@@ -39,7 +39,9 @@ class LteOptions:
     stage1_steps, stage2_steps, batch (windows per step): the training budget; lr: learning rate (0: the paper's
     1.5e-5 for 4096-wide models, scaled by 4096 / hidden size); tolerance: accepted distance to the target density;
     trials: stage-1 trainings the search may spend on one target; dense_prefix: in stage 2 a random prefix of every
-    window uses all experts, as a prompt does under mode decode (false: the paper's, every token routed)."""
+    window uses all experts, as a prompt does under mode decode (false: the paper's, every token routed); lora_rank: for
+    large models, train updates of the linear layers of this rank and the routers (0: the paper's, all weights; lr 0 is
+    then ten times the rate)."""
 
     expert_size: int = 32
     eta: float = 0.0
@@ -52,14 +54,15 @@ class LteOptions:
     tolerance: float = 0.03
     trials: int = 5
     dense_prefix: bool = True
+    lora_rank: int = 0
 
     def __post_init__(self) -> None:
         if self.expert_size < 1 or self.batch < 1 or self.trials < 1:
             raise UsageError("lte needs expert_size, batch and trials of at least 1: try lte:expert_size=32.")
         if self.eta < 0 or self.lambda_sep < 0 or self.sep_eps <= 0:
             raise UsageError("lte needs eta >= 0, lambda_sep >= 0 and sep_eps > 0: try lte:sep_eps=0.01.")
-        if self.stage1_steps < 1 or self.stage2_steps < 0:
-            raise UsageError("lte needs stage1_steps >= 1 and stage2_steps >= 0: try lte:stage1_steps=150.")
+        if self.stage1_steps < 1 or self.stage2_steps < 0 or self.lora_rank < 0:
+            raise UsageError("lte needs stage1_steps >= 1, stage2_steps and lora_rank >= 0: try lte:stage1_steps=150.")
 
 
 class Lte(Method):
@@ -142,7 +145,9 @@ class _Trainer:
         self.method, self.options, self.model, self.data = method, options, model, data
         longest = max(options.stage1_steps, options.stage2_steps)
         windows = data.train(options.batch * longest)
-        self.tuning = Tuning(windows, options.batch, learning_rate(model, options.lr, LTE_RATE), data.seed, progress)
+        rank = options.lora_rank
+        rate = learning_rate(model, options.lr, LTE_RATE, rank)
+        self.tuning = Tuning(windows, options.batch, rate, data.seed, progress, lora_rank=rank)
         self.notes = self.tuning.notes(longest)
         self.trained: dict[float, dict[str, Tensor]] = {}
         self.density: dict[float, float] = {}

@@ -21,6 +21,7 @@ from ..artifact import fingerprint
 from ..base import Data, Method, Progress
 from ..errors import UsageError
 from ..families import Block, blocks
+from . import lora
 from .experts import neuron_order, permuted, place_ffn, quantise
 from .training import sharded, train, whole
 
@@ -30,7 +31,10 @@ FORMAT = 2  # of checkpoints: those that an earlier version left are not read
 
 @dataclass(frozen=True)
 class Tuning:
-    """How to fine-tune. windows: int64 [n, window]; batch: windows per step, in `accumulate` parts; lr: peak rate."""
+    """How to fine-tune. windows: int64 [n, window]; batch: windows per step, in `accumulate` parts; lr: peak rate.
+
+    lora_rank: of the updates of linear layers that are trained in place of all weights; 0 for all.
+    """
 
     windows: Tensor
     batch: int
@@ -38,6 +42,7 @@ class Tuning:
     seed: int
     progress: Progress
     accumulate: int = 1
+    lora_rank: int = 0
 
     def tokens(self, steps: int) -> int:
         return steps * self.batch * self.windows.shape[1]
@@ -60,11 +65,11 @@ LTE_RATE = (1.5e-5, 4096)  # a published rate and the width of its model
 D2DMOE_RATE = (1e-4, 2048)  # Gemma's, of ReLU-fication too
 
 
-def learning_rate(model: PreTrainedModel, given: float, published: tuple[float, int]) -> float:
+def learning_rate(model: PreTrainedModel, given: float, published: tuple[float, int], lora_rank: int = 0) -> float:
     """The given rate, or a published one scaled to this model's width."""
     hidden: int = model.config.hidden_size  # type: ignore[assignment]
     rate, width = published
-    return given or rate * width / hidden
+    return given or rate * width / hidden * (lora.RATE if lora_rank else 1.0)
 
 
 def checkpoint_file(
@@ -93,7 +98,7 @@ def dense_ffn(activation: str) -> Callable[[Block, Phase, Meter], ExpertFFN]:
 
 
 class Student:
-    """A float32 copy of a model, everything but embeddings and lm_head trainable.
+    """A float32 copy of a model, everything but embeddings and lm_head trainable; or low-rank updates and routers.
 
     permutations: neuron orders, `permutation.<block>` int [neurons]; layer: makes what stands in for a block's FFN.
     """
@@ -116,18 +121,26 @@ class Student:
         for parameter in named.values():
             parameter.requires_grad_(id(parameter) not in embeddings)
         self._layers: list[ExpertFFN] = []
-        for block in list(blocks(self.model)) if layer else ():
+        found = list(blocks(self.model))
+        for block in found if layer else ():
             assert layer is not None
             self._layers.append(layer(block, self.phase, self.meter))
             place_ffn(block, self._layers[-1], self._set)
         now = {id(parameter): name for name, parameter in self.model.named_parameters()}
         self._names = {name: now[id(parameter)] for name, parameter in named.items()}
+        if tuning.lora_rank:
+            for parameter in named.values():
+                parameter.requires_grad_(False)
+            lora.adapt((n for block in found for n in block.linears.values()), tuning.lora_rank, tuning.seed)
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """By the names of the base model."""
-        found = dict(self.model.named_parameters())
-        return {name: found[now] for name, now in self._names.items()}
+    def parameters(self) -> dict[str, Tensor]:
+        """By the names of the base model, updates merged."""
+        found = {}
+        for name, now in self._names.items():
+            module, _, attribute = now.rpartition(".")
+            found[name] = getattr(self.model.get_submodule(module), attribute)
+        return found
 
     def layers(self) -> list[ExpertFFN]:
         """What stands in for the FFNs, in model order."""
