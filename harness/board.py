@@ -18,6 +18,7 @@ from .tables import (
     cost_columns,
     dense_baselines,
     fidelity_columns,
+    github,
     markdown,
     number,
 )
@@ -107,6 +108,48 @@ def page(sets: Mapping[str, Iterable[Group]]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
+def excerpt(sets: Mapping[str, Iterable[Group]], link: str) -> str:
+    """One table per kind of GPU, for a README: every method's speed-up on every model, at the smallest decode setting.
+
+    Of a method stands its fastest cell within the widest budget; where none is, the one that loses least, and with
+    random weights the one nearest to half density. `link` leads from there to the folder of the sets.
+    """
+    places: dict[str, list[Group]] = {}
+    for section in sections(sets):
+        table = section.groups[0]
+        if not table.on_cpu and any(row.speedup for row in table.rows):
+            places.setdefault(place_of(table.rows[0].record), []).append(table)
+    parts = []
+    for place, tables in places.items():
+        methods = sorted({row.method for table in tables for row in table.rows} - set(BASELINES))
+        titles = ["method", *(f"{t.setting['model']} ({t.setting['weights']}), {t.where}" for t in tables)]
+        body = [[name, *(_headline(table, name) for table in tables)] for name in ("null", *methods)]
+        lines = machines([row for table in tables for row in table.rows])
+        others = f", and {len(lines) - 1} like it" if len(lines) > 1 else ""
+        parts += [f"**{place}: speed-up over the fastest dense runner**", github(titles, body)]
+        parts.append(f"Machine{others}: {lines[-1]}")
+    return "\n\n".join([*parts, f"All cells, with intervals: [LEADERBOARD.md]({link}/LEADERBOARD.md)."])
+
+
+def _headline(table: Group, method: str) -> str:
+    cells = [row for row in table.rows if row.method == method and row.speedup]
+    if not cells:
+        return NONE
+    row = min(cells, key=_preference)
+    assert row.speedup is not None
+    what = "" if row.is_baseline else f" at {row.target:g}" if row.target is not None else ""
+    lost = f", {row.loss[0]:.1f} % lost" if row.loss and not row.is_baseline else ""
+    return f"{row.speedup.estimate:.2f}{what} ({row.part('latency').get('verdict')}{lost})"
+
+
+def _preference(row: Row) -> tuple[float, ...]:
+    speed = -row.speedup.estimate if row.speedup else 0.0
+    if row.loss is None:
+        return abs((row.target or 1) - 0.5), speed
+    within = row.loss[0] <= BUDGETS[-1]
+    return not within, speed if within else row.loss[0]
+
+
 def columns(table: Group) -> list[Column]:
     """Everything about a cell that one line can hold."""
     quality = [] if table.synthetic else [*fidelity_columns(), Column("Δ tasks, points [95 %]", _tasks)]
@@ -118,6 +161,17 @@ def columns(table: Group) -> list[Column]:
         Column("fidelity", lambda r: level(r.method)),
         Column("records", lambda r: f"[{r.source}]({r.source}/{store.FILE})"),
     ]
+
+
+def machines(rows: Iterable[Row]) -> list[str]:
+    """A line for every machine that rows were measured on, with the code of its newest record; the newest last."""
+    measured = sorted((one for row in rows for one in row.repeats or [row]), key=_time)
+    newest: dict[str, store.Record] = {}
+    for row in measured:
+        identity = str(row.record["machine"].get("identity"))
+        newest.pop(identity, None)
+        newest[identity] = row.record
+    return [machine.line(record["machine"], record) for record in newest.values()]
 
 
 def extra_memory(row: Row) -> float | None:
@@ -144,9 +198,7 @@ def level(method: str) -> str:
 
 def _section(section: Section) -> list[str]:
     rows = [row for table in section.groups for row in table.rows]
-    measured = sorted((one for row in rows for one in row.repeats or [row]), key=_time)
-    newest = {row.record["machine"].get("identity"): row.record for row in measured}
-    parts = ["\n".join(f"- {machine.line(r['machine'], r)}" for r in newest.values())]
+    parts = ["\n".join(f"- {line}" for line in machines(rows))]
     if section.groups[0].synthetic:
         together = Group(section.groups[0].machine, section.groups[0].setting, rows, [])
         parts.append(markdown([*_setting_columns(), *columns(together)], rows))

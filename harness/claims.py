@@ -127,14 +127,18 @@ def judge(claim: Claim, sets: Mapping[str, Iterable[Group]]) -> Finding:
 def page(claims: Sequence[Claim], sets: Mapping[str, Iterable[Group]]) -> str:
     """The ledger as Markdown, the same text for the same records."""
     findings = [judge(claim, sets) for claim in claims]
-    counts = Counter(found.verdict for found in findings)
-    summary = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
-    parts = ["# Claims", HOW_TO_READ, f"{len(findings)} claims: {summary}."]
+    parts = ["# Claims", HOW_TO_READ, f"{summary(findings)}."]
     for (paper, arxiv), group in groupby(findings, lambda found: (found.claim.paper, found.claim.arxiv)):
         parts.append(f"## {paper} ([arXiv {arxiv}](https://arxiv.org/abs/{arxiv}))")
         titles = ["claim", "its setting", "measured here", "cell", "what differs or lacks", "verdict"]
         parts.append(github(titles, [texts(found) for found in group]))
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """How many claims have which verdict."""
+    counts = Counter(found.verdict for found in findings)
+    return f"{len(findings)} claims: " + ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
 
 
 def texts(found: Finding) -> list[str]:

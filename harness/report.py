@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from .tables import (
 )
 
 PAGE = "LEADERBOARD.md"
-BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"
+TABLE = BEGIN, END = "<!-- leaderboard:begin -->", "<!-- leaderboard:end -->"  # of one result set
+BOARD = "<!-- results:begin -->", "<!-- results:end -->"  # of all of them
 WIDTH = 120
 SHOWN_DIFFERENCES = 20
 
@@ -68,7 +69,7 @@ time goes: the norm before a linear layer is in *selection*, in a dense step too
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--out", default="results/local", help="folder of records, or of such folders (default: results/local)")
-    add("--readme", metavar="FILE", help="also put a short table between the leaderboard marks of FILE")
+    add("--readme", metavar="FILE", help="also put a short table between the marks of FILE")
     add("--html", action="store_true", help="also write index.html: everything on one interactive page")
     add("--check", action="store_true", help="change nothing; exit 1 if a text is out of date")
 
@@ -203,19 +204,38 @@ def _texts(out: str | Path, readme: str | Path | None) -> dict[Path, str]:
     folder = Path(out).expanduser()
     if board.is_collection(folder):
         sets = board.sets(folder)
-        return {folder / PAGE: board.page(sets), folder / claims.PAGE: claims.page(claims.load(), sets)}
+        texts = {folder / PAGE: board.page(sets), folder / claims.PAGE: claims.page(claims.load(), sets)}
+        if readme is not None:
+            texts |= _between(readme, BOARD, lambda base: _headlines(sets, _link(folder, base)))
+        return texts
     groups = _groups(out)
     texts = {folder / PAGE: page(groups)}
     if readme is not None:
-        place = Path(readme).expanduser()
-        text = place.read_text(encoding="utf-8") if place.is_file() else ""
-        before, begin, rest = text.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not (begin and end):
-            raise UsageError(f"'{readme}' has no place for a table: write '{BEGIN}' and '{END}' where it belongs.")
-        link = Path(os.path.relpath(folder / PAGE, place.parent)).as_posix()
-        texts[place] = f"{before}{BEGIN}\n\n{excerpt(groups, link)}\n\n{END}{after}"
+        texts |= _between(readme, TABLE, lambda base: excerpt(groups, _link(folder / PAGE, base)))
     return texts
+
+
+def _between(readme: str | Path, marks: tuple[str, str], text: Callable[[Path], str]) -> dict[Path, str]:
+    """`readme` with `text(its folder)` between the marks. Raises UsageError where they are missing."""
+    place = Path(readme).expanduser()
+    begin, end = marks
+    before, opened, rest = (place.read_text(encoding="utf-8") if place.is_file() else "").partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise UsageError(f"'{readme}' has no place for a table: write '{begin}' and '{end}' where it belongs.")
+    return {place: f"{before}{begin}\n\n{text(place.parent)}\n\n{end}{after}"}
+
+
+def _link(target: Path, base: Path) -> str:
+    return Path(os.path.relpath(target, base)).as_posix()
+
+
+def _headlines(sets: Mapping[str, Sequence[Group]], link: str) -> str:
+    """The merged leaderboard and the claims in short, for a README."""
+    verdicts = claims.summary([claims.judge(claim, sets) for claim in claims.load()])
+    return (
+        f"{board.excerpt(sets, link)} What the papers claim, beside these records: [{verdicts}]({link}/{claims.PAGE})."
+    )
 
 
 def _groups(out: str | Path) -> list[Group]:

@@ -225,8 +225,12 @@ class Group:
     @property
     def short_title(self) -> str:
         """Without the model."""
-        s = self.setting
-        return f"{s['mode']}, batch {s['batch']}, context {s['context']}; {self.details}"
+        return f"{self.where}; {self.details}"
+
+    @property
+    def where(self) -> str:
+        """What is timed."""
+        return f"{self.setting['mode']}, batch {self.setting['batch']}, context {self.setting['context']}"
 
     @property
     def details(self) -> str:

@@ -107,3 +107,29 @@ def test_a_folder_without_sets_is_a_usage_error(tmp_path: Path) -> None:
     assert not board.is_collection(write(tmp_path / "one", FULL)) and board.is_collection(tmp_path)
     assert [f.name for f in report.build(tmp_path)] == ["LEADERBOARD.md", "CLAIMS.md"]
     assert report.check(tmp_path) == 0
+
+
+def test_readme_holds_a_headline_per_method_and_gpu(tmp_path: Path) -> None:
+    cells = [*FULL, synthetic("dense"), synthetic("teal", 0.5), synthetic("teal", 0.8)]
+    write(tmp_path / "results" / "one", [*cells, record("lte", 0.5), record("teal", 0.9, batch=8)])
+    readme = tmp_path / "README.md"
+    begin, end = report.BOARD
+    with pytest.raises(UsageError, match="no place for a table"):
+        report.build(tmp_path / "results", readme)
+    readme.write_text(f"before\n{begin}\n{end}\n{report.BEGIN}\nother\n{report.END}\n")
+    report.build(tmp_path / "results", readme)
+    text = readme.read_text()
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    assert lines[0][1:] == [
+        "reference (reference), decode, batch 1, context 384", "reference (synthetic), decode, batch 1, context 384",
+    ]  # fmt: skip
+    assert {line[0]: line[1:] for line in lines[2:]} == {
+        "null": ["1.00 (same)", "–"],
+        "lte": ["1.43 at 0.7 (faster, 1.3 % lost)", "–"],  # 0.5 is faster, but over the budget
+        "teal": ["1.25 at 0.8 (faster, 0.4 % lost)", "2.00 at 0.5 (faster)"],
+    }
+    assert "**Test GPU: speed-up" in text and "(results/LEADERBOARD.md)" in text and "(results/CLAIMS.md)" in text
+    assert text.endswith(f"{report.BEGIN}\nother\n{report.END}\n")
+    assert report.check(tmp_path / "results", readme) == 0
+    readme.write_text(text.replace("1.43", "1.44"))
+    assert report.check(tmp_path / "results", readme) == 1
