@@ -175,6 +175,9 @@ class SparseModel:
             raise
         self.taps = self._attachment.taps
         self._layers = [module for module in model.modules() if isinstance(module, SparseLayer)]
+        for layer in self._layers:
+            if layer.density is None:
+                layer.density = 1.0 if artifact.density is None else artifact.density
         self._hook = model.register_forward_pre_hook(self._set_phase, with_kwargs=True)
 
     def layers(self) -> list[Any]:

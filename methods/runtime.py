@@ -61,9 +61,12 @@ class Projection:
             zeros = [first.new_zeros(width) for width in self.widths]
             self.bias = torch.cat([z if b is None else b.detach() for z, b in zip(zeros, given, strict=True)])
         self.threshold: Tensor | None = None
+        self.density: float | None = None
         if any(layer is not None for layer in self.layers):
             dense = torch.full((1,), DENSE, device=first.device)
             self.threshold = torch.cat([dense if layer is None else layer.threshold for layer in self.layers])
+        known = [1.0 if layer is None else layer.density for layer in self.layers]
+        self.density = None if None in known else max(known)
         self.shared = [linear.weight for linear in linears] if share else []
         for weight, view in zip(self.shared, self.weight_t.split(self.widths, 1), strict=False):
             weight.data = view.t()
@@ -76,10 +79,11 @@ class Projection:
     def __call__(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """(output or its parts, stats); also leaves with each sparse layer how many channels it read."""
         options.setdefault("bias", None if options.get("partial") else self.bias)
+        options["density"] = self.density
         y, counts, stats = threshold_linear(x, self.weight_t, self.threshold, self.widths, **options)
         for segment, layer in enumerate(self.layers):
-            if layer is not None and counts.numel():
-                layer.count = counts[segment]
+            if layer is not None:
+                layer.count = counts[segment] if counts.numel() else None
         return y, stats
 
 
@@ -191,15 +195,14 @@ class FastBlock:
         mixed = attention_decode(q, layer.keys, layer.values, step.lengths, lists, scale).view(batch, -1)
         if self.heads is not None and lists is None:
             mixed = self.heads.kept(mixed)
-        density = None if self.heads is None else self.heads.density
 
         if self.ffn is None:
-            h, stats = self.o(mixed, residual=h, with_stats=True, density=density)
+            h, stats = self.o(mixed, residual=h, with_stats=True)
             self._tell("mlp_in", h)
             x, _ = self.up(h, partial=self.up.bias is None, **self.second.options(stats))
             h, stats = self.down(x, activation=self.activation, gated=self.gated, residual=h, with_stats=True)
         else:
-            mixed, _ = self.o(mixed, density=density)
+            mixed, _ = self.o(mixed)
             h, x = residual_norm(mixed, h, self.second.weight, self.second.bias, self.second.eps, self.second.kind)
             self._tell("mlp_in", h)
             h = h + self.ffn(x[:, None])[:, 0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +40,7 @@ class SelectiveHeads(SparseLayer):
         self.weight_t = torch.empty(0)
         if selector is not None:
             selector.match(linear.weight)
+            self.density = selector.k / groups if selector.rule == "top-k" else None
 
     @property
     def units(self) -> int:
@@ -61,11 +64,6 @@ class SelectiveHeads(SparseLayer):
 
     def fast(self, x: Tensor) -> bool:
         return self.selector is not None and self.selector.fast and super().fast(x)
-
-    @property
-    def density(self) -> float | None:
-        """What share of the groups a token keeps, where that is known beforehand."""
-        return self.selector.k / self.groups if self.selector is not None and self.selector.rule == "top-k" else None
 
     def lists(self, batch: int) -> tuple[Tensor, Tensor] | None:
         """The groups of every sequence, for `attention_decode`; None where all run, or an oracle must see all first."""
@@ -92,5 +90,7 @@ class SelectiveHeads(SparseLayer):
             return self.linear(kept)
         self.materialize()
         rows = kept.reshape(-1, x.shape[-1])
-        y, self.count, _ = threshold_linear(rows, self.weight_t, self.threshold, bias=self.linear.bias)
+        options: Any = dict(bias=self.linear.bias, density=self.density)
+        y, counts, _ = threshold_linear(rows, self.weight_t, self.threshold, **options)
+        self.count = counts if counts.numel() else None
         return y.view(*x.shape[:-1], -1)

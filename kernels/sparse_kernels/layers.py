@@ -12,11 +12,14 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import ACTIVATIONS, expert_hidden, input_linear, neuron_ffn, threshold_linear
+from .expert_ffn.launch import CROSSOVER
+from .input_linear.launch import union
 from .selectors import Selector
 
 FAST_ROWS = 64  # what the kernels take; a decode step of this many sequences is theirs, a prompt is not
@@ -73,10 +76,13 @@ class SparseLayer(nn.Module, ABC):
     site: the name under which density is reported; units: how many units a selection chooses from;
     linears: the matrices whose cost is proportional to density; overhead: parameters always read (a router);
     attends: whether a token's attention, and what it reads of the cache, is proportional to its density too.
-    count: int32 on the device, whose sum tells `read` what the last fast pass read.
+    count: int32 on the device, whose sum tells `read` what the last fast pass read; None if that was everything.
+    density: the share of its units that a token is expected to keep, if known; a batch that needs most of them between
+    its rows is better multiplied densely.
     """
 
     attends = False
+    density: float | None = None
 
     def __init__(self, site: str, layer: int, phase: Phase, meter: Meter) -> None:
         super().__init__()
@@ -107,6 +113,10 @@ class SparseLayer(nn.Module, ABC):
         """True where the kernels serve this call: a decode step on a GPU, all of it sparse, nobody counting."""
         rows = x.numel() // x.shape[-1]
         return x.is_cuda and self.phase.active is True and rows <= FAST_ROWS and not self.meter.enabled
+
+    def crowded(self, rows: int, crossover: float) -> bool:
+        """Whether so many rows are expected to need more than this share of the units between them."""
+        return rows > 1 and self.density is not None and union(self.density, rows) > crossover
 
     def dense(self, x: Tensor) -> None:
         """Reports to the meter that x [..., d] is computed with all units."""
@@ -158,7 +168,9 @@ class SparseLinear(SparseLayer):
         if self.fast(x):
             self.materialize()
             rows = x.reshape(-1, x.shape[-1])
-            y, self.count, _ = threshold_linear(rows, self.weight_t, self.threshold, bias=self.linear.bias)
+            options: Any = dict(bias=self.linear.bias, density=self.density)
+            y, counts, _ = threshold_linear(rows, self.weight_t, self.threshold, **options)
+            self.count = counts if counts.numel() else None
             return y.view(*x.shape[:-1], -1)
         keep = self.mask(x.abs().float() > self.threshold)
         return self.linear(x * keep)
@@ -256,6 +268,10 @@ class ExpertFFN(SparseLayer):
         """rows [B, d]; reads the experts that any of them needs."""
         self.materialize()
         score, threshold, index, self.count = selector.select(rows)
+        if self.crowded(len(rows), CROSSOVER):  # every row as it chose, of a product that reads everything
+            self.count = None
+            others = 0 if self.mean is None else self.mean.view(self.units, -1)
+            return self.down(torch.where((score > threshold)[..., None], self.hidden(rows), others).flatten(-2))
         gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
         up, up_bias, bias, act = self.up.weight, self.up.bias, self.down.bias, self.activation
         if len(rows) == 1 and self.mean is None:

@@ -66,6 +66,21 @@ def test_the_kernels_compute_what_the_masks_do(device, kind, rows, gated, compen
     assert int(layer.count) == int(selector(x, layer.hidden(x)).any(0).sum())
 
 
+@pytest.mark.parametrize("compensated", [False, True])
+def test_rows_that_need_most_experts_between_them_are_multiplied_densely(device, compensated):
+    torch.manual_seed(2)
+    mean = torch.randn(UNITS * SIZE, device=device) if compensated else None
+    selector = router("moefication", device)
+    layer, x = ffn(selector, True, mean, device), torch.randn(5, WIDTH, device=device)
+    listed = layer._skip(x, selector)
+    assert layer.count is not None
+    layer.density = 2 / UNITS
+    assert torch.allclose(layer._skip(x, selector), listed, atol=1e-5)
+    assert layer.count is None  # everything was read
+    layer._skip(x[:1], selector)
+    assert int(layer.count) == 2  # one row keeps what it keeps
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows, gated, activation", [(1, True, "silu"), (1, False, "relu"), (17, True, "gelu_tanh")])
 def test_experts_may_be_single_neurons(device, kind, rows, gated, activation):
