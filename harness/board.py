@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def sections(sets: Mapping[str, Iterable[Group]]) -> list[Section]:
     rows = [one for groups in sets.values() for table in groups for row in table.rows for one in row.repeats or [row]]
     for row in sorted(rows, key=lambda row: (row.record["cell"].get("timed", True), _time(row))):
         setting = (str(row.record["cell"].get(name)) for name in SHARED)
-        tables.setdefault((place_of(row.record), *setting), []).append(Row(row.record, row.dense, source=row.source))
+        tables.setdefault((place_of(row.record), *setting), []).append(_unranked(row))
     found: dict[str, list[Group]] = {}
     for table in sorted((_table(combine(found)) for found in tables.values()), key=_place_in_page):
         title = f"{table.setting['model']} ({table.setting['weights']} weights) on {place_of(table.rows[0].record)}"
@@ -210,6 +211,13 @@ def _section(section: Section) -> list[str]:
             parts.append(f"{where}Dense in the same run, ms/step: {baselines}.")
     doubts = doubts_of(rows)
     return [*parts, f"**Caution:** {'; '.join(doubts)}."] if doubts else parts
+
+
+def _unranked(row: Row) -> Row:
+    """The same row, with what it has computed already, for another table."""
+    found = copy(row)
+    found.ranks = {}
+    return found
 
 
 def _table(rows: list[Row]) -> Group:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import stats, store
-from .rows import Group, Row
+from .rows import SETTING, Group, Row, combine
 from .tables import NONE, github
 
 PAGE = "CLAIMS.md"
@@ -55,6 +55,7 @@ class Claim:
     batch: Sequence[float] | None = None
     context: Sequence[float] | None = None
     loss: float | None = None
+    twin: str | None = None
     baseline: str | None = None
     needs: str | None = None
 
@@ -110,16 +111,18 @@ def load(path: Path = DATA) -> list[Claim]:
 
 def judge(claim: Claim, sets: Mapping[str, Iterable[Group]]) -> Finding:
     """The verdict on one claim from the groups of each result set."""
+    rows = [row for groups in sets.values() for group in groups for row in group.rows]
+    accepted = [row for row in rows if claim.accepts(row)]
+    if claim.twin:
+        accepted = _beside(claim.twin, accepted, rows)
     measured = [
         Finding(claim, _verdict(claim, row, value), row, value, tuple(_remarks(claim, row)))
-        for groups in sets.values()
-        for group in groups
-        for row in group.rows
-        if claim.accepts(row) and (value := claim.measure(row)) is not None
+        for row in accepted
+        if (value := claim.measure(row)) is not None
     ]
     if measured:
         return max(measured, key=_support)
-    of_method = any(row.method == claim.method for groups in sets.values() for group in groups for row in group.rows)
+    of_method = any(row.method == claim.method for row in rows)
     nothing = "no record of such a cell" if of_method else f"no record of {claim.method}"
     return Finding(claim, "not measured", remarks=(claim.needs or nothing,))
 
@@ -174,6 +177,27 @@ def described(row: Row) -> str:
     return ", ".join([*filter(None, parts), f"batch {cell['batch']}", f"context {cell['context']}"])
 
 
+def _beside(twin: str, accepted: Iterable[Row], rows: Iterable[Row]) -> list[Row]:
+    """The rows with the dense cell of another model, measured on the same machine and text, in place of their own."""
+
+    def setting(record: store.Record) -> str:
+        return str([record["machine"].get("identity"), *(record["cell"].get(n) for n in SETTING if n != "model")])
+
+    dense = {
+        setting(one.record): one.record
+        for row in rows
+        for one in row.repeats or [row]
+        if one.method == "dense" and one.record["cell"]["model"] == twin
+    }
+    return [
+        joined
+        for row in accepted
+        for joined in combine(
+            Row(one.record, dense.get(setting(one.record)), source=row.source) for one in row.repeats or [row]
+        )
+    ]
+
+
 def _verdict(claim: Claim, row: Row, value: stats.Interval) -> str:
     quality, gain = claim.keeps_quality(row), claim.gain(value.estimate)
     if quality is False or gain < HALF:
@@ -188,6 +212,8 @@ def _remarks(claim: Claim, row: Row) -> Iterable[str]:
         yield f"another model ({cell['model']})"
     if claim.gpu and gpu and not any(name in gpu["name"] for name in claim.gpu):
         yield "another GPU"
+    if claim.twin:
+        yield f"quality against dense {claim.twin}"
     quality = claim.keeps_quality(row)
     if quality is None:
         yield "random weights: quality unknown" if cell["weights"] == "synthetic" else "quality not measured"

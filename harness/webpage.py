@@ -64,7 +64,11 @@ def _row(row: Row, table: Group) -> dict[str, Any]:
         "seeds": len(row.seeds),
         "baseline": row.is_baseline,
         "density": row.part("density").get("model"),
-        "layers": {name: site["layers"] for name, site in sites.items() if site.get("layers")},
+        "layers": {
+            name: [round(density, 4) for density in site["layers"]]
+            for name, site in sites.items()
+            if site.get("layers")
+        },
         "mb": _scaled(row.decode.get("bytes"), 1e6),
         "mbDense": _scaled(row.decode.get("bytes_dense"), 1e6),
         "gflop": _scaled(row.decode.get("flops"), 1e9),

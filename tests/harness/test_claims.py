@@ -36,7 +36,7 @@ def test_shipped_claims_are_complete_and_name_known_things() -> None:
     for c in found:
         assert c.quantity in ("speed-up", "FLOPs", "quality")
         assert c.models or c.similar or c.needs
-        for name in (*c.models, *c.similar):
+        for name in {*c.models, *c.similar} - {"reference-spark"}:  # trained, not shipped
             models.resolve(name)
     assert {"teal", "lte", "moefication", "d2dmoe"} <= {c.method for c in found} & set(registry.names())
 
@@ -83,6 +83,16 @@ def test_a_cpu_has_no_speed_and_a_site_density_is_the_realised_one() -> None:
     wanted = claim(quantity="FLOPs", ffn_density=[0.1, 0.3])
     assert judge(wanted, ffn).verdict == "reproduced"
     assert judge(wanted, record("teal", 0.8)).verdict == "not measured"
+
+
+def test_quality_can_be_that_of_a_twin() -> None:
+    harmed = record("spark", 0.5, model="reference-spark")
+    cells = [record(), record("dense", model="reference-spark", items=harmed["items"]), harmed]
+    wanted = claim(method="spark", quantity="FLOPs", models=[], similar=["reference-spark"], loss=1)
+    assert judge(wanted, *cells).verdict == "partly"  # its own model loses nothing
+    found = judge(claim(**{**vars(wanted), "twin": "reference"}), *cells)
+    assert found.verdict == "not reproduced" and "quality against dense reference" in found.remarks
+    assert judge(claim(**{**vars(wanted), "twin": "absent"}), *cells).remarks[-1] == "quality not measured"
 
 
 def test_a_named_baseline_is_compared_from_its_samples() -> None:
