@@ -15,6 +15,7 @@ import numpy as np
 RESAMPLES = 2000
 CONFIDENCE = 0.95
 PRACTICAL = 0.03
+BLOCK = 1 << 19  # numbers in memory at once
 
 
 @dataclass(frozen=True)
@@ -81,13 +82,8 @@ def difference(
     (for windows of unequal length, their scored tokens). Raises ValueError on empty or unequal lists.
     """
     delta, weight = _delta(candidate, baseline, weights)
-    rng = np.random.default_rng(seed)
-
-    def draw() -> float:
-        index = rng.integers(len(delta), size=len(delta))
-        return float(np.average(delta[index], weights=weight[index]))
-
-    return _percentiles(float(np.average(delta, weights=weight)), draw, resamples)
+    draws = _resampled(delta, weight, resamples, np.random.default_rng(seed))
+    return _percentiles(float(np.average(delta, weights=weight)), draws)
 
 
 def repeated_difference(seeds: Sequence[Sequence[Part]], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -101,18 +97,13 @@ def repeated_difference(seeds: Sequence[Sequence[Part]], resamples: int = RESAMP
     if not deltas or not all(deltas):
         raise ValueError("a repeated difference needs at least one seed with one part.")
     rng = np.random.default_rng(seed)
-
-    def one(parts: list[tuple[np.ndarray, np.ndarray]], resample: bool) -> float:
-        found = []
-        for delta, weight in parts:
-            index = rng.integers(len(delta), size=len(delta)) if resample else slice(None)
-            found.append(np.average(delta[index], weights=weight[index]))
-        return float(np.mean(found))
-
-    def draw() -> float:
-        return float(np.mean([one(deltas[i], True) for i in rng.integers(len(deltas), size=len(deltas))]))
-
-    return _percentiles(float(np.mean([one(parts, False) for parts in deltas])), draw, resamples)
+    chosen = rng.integers(len(deltas), size=(resamples, len(deltas)))
+    values = np.empty(chosen.shape)
+    for number, parts in enumerate(deltas):
+        here = chosen == number
+        values[here] = np.mean([_resampled(*part, int(here.sum()), rng) for part in parts], axis=0)
+    estimate = np.mean([np.mean([np.average(delta, weights=weight) for delta, weight in parts]) for parts in deltas])
+    return _percentiles(float(estimate), values.mean(axis=1))
 
 
 def repeated_speedup(runs: Sequence[tuple[Blocks, Blocks]], resamples: int = RESAMPLES, seed: int = 0) -> Interval:
@@ -126,7 +117,8 @@ def repeated_speedup(runs: Sequence[tuple[Blocks, Blocks]], resamples: int = RES
     def draw() -> float:
         return float(np.exp(np.mean([np.log(ratios[i][1]()) for i in rng.integers(len(ratios), size=len(ratios))])))
 
-    return _percentiles(float(np.exp(np.mean([np.log(estimate) for estimate, _ in ratios]))), draw, resamples)
+    estimate = float(np.exp(np.mean([np.log(estimate) for estimate, _ in ratios])))
+    return _percentiles(estimate, [draw() for _ in range(resamples)])
 
 
 def speedup(
@@ -143,7 +135,8 @@ def speedup(
     drawn block; so a drift from block to block widens it. With paired=False the sides are two runs, with any number of
     blocks each, drawn apart. Raises ValueError when a block is empty or has no partner.
     """
-    return _percentiles(*_ratio(baseline, candidate, np.random.default_rng(seed), paired), resamples)
+    estimate, draw = _ratio(baseline, candidate, np.random.default_rng(seed), paired)
+    return _percentiles(estimate, [draw() for _ in range(resamples)])
 
 
 def _ratio(
@@ -193,7 +186,17 @@ def _delta(
     return delta, weight
 
 
-def _percentiles(estimate: float, draw: Callable[[], float], resamples: int) -> Interval:
+def _resampled(delta: np.ndarray, weight: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+    """Weighted means of items drawn with replacement, float64 [resamples]; in blocks that stay small."""
+    rows = max(1, BLOCK // len(delta))
+    found = []
+    for start in range(0, resamples, rows):
+        index = rng.integers(len(delta), size=(min(rows, resamples - start), len(delta)))
+        found.append((delta[index] * weight[index]).sum(axis=1) / weight[index].sum(axis=1))
+    return np.concatenate(found) if found else np.empty(0)
+
+
+def _percentiles(estimate: float, draws: Sequence[float] | np.ndarray) -> Interval:
     tail = 50 * (1 - CONFIDENCE)
-    low, high = np.percentile([draw() for _ in range(resamples)], [tail, 100 - tail])
+    low, high = np.percentile(draws, [tail, 100 - tail])
     return Interval(estimate, float(low), float(high))
