@@ -7,8 +7,9 @@ per-position mask computes exactly that, because attention is causal.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +26,18 @@ if TYPE_CHECKING:
 
 GENERATED = 64  # tokens of dense text per prompt, for greedy agreement
 BLOCK_TOLERANCE = 0.1  # bfloat16 rounding is 0.01; a broken kernel is 0.5 and more
+READS_TOLERANCE = 0.05  # values that fall on the other side of a threshold by rounding are far fewer
 BLOCK_CHECK_STEPS = 8
 KERNEL_CHECK_TOKENS = 16
 KERNEL_TOLERANCE = 0.01  # nats per token; see `kernel_tolerance`
+
+
+class BlockErrors(NamedTuple):
+    """output: mean relative error of what a block adds to the residual stream. reads: the largest relative difference
+    of how many units kernels and masks say they read, over the sites."""
+
+    output: float
+    reads: float
 
 
 @dataclass
@@ -175,7 +185,7 @@ def teacher_forced(model: PreTrainedModel, handle: SparseModel, text: Tensor, st
     extra = decode_mask(model, text) | cached(model, cache)
     context = text.shape[1] - 1 - steps
     places = torch.arange(text.shape[1], device=text.device)[None]  # said, or OPT reads them off its mask
-    with handle.positions(handle.mask(1, context, text.device)):
+    with handle.positions(handle.mask(len(text), context, text.device)):
         model(input_ids=text[:, :context], position_ids=places[:, :context], use_cache=True, logits_to_keep=1, **extra)
     logits = []
     with handle.sparse():
@@ -187,8 +197,10 @@ def teacher_forced(model: PreTrainedModel, handle: SparseModel, text: Tensor, st
 
 
 @torch.inference_mode()
-def block_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, steps: int = BLOCK_CHECK_STEPS) -> float:
-    """Mean relative error of what a block of the decode runtime adds to the residual stream, given the same input.
+def block_check(
+    model: PreTrainedModel, handle: SparseModel, window: Tensor, steps: int = BLOCK_CHECK_STEPS
+) -> BlockErrors:
+    """How far the blocks of the decode runtime are from the reference path, given the same input.
 
     Every block is run both ways at every step, the reference path by masks and the runtime by kernels, so nothing
     compounds: what is left is rounding and values that fall on the other side of a threshold by it. That makes it
@@ -197,6 +209,7 @@ def block_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, ste
     from methods.runtime import FastBlock, runtime
 
     errors: list[Tensor] = []
+    reads: dict[str, list[tuple[int, int]]] = defaultdict(list)  # by site: units by masks, units by kernels
 
     def both_ways(block: FastBlock) -> Any:
         fast = block.forward
@@ -205,21 +218,25 @@ def block_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, ste
             cache: Any = kwargs.get("cache", kwargs.get("past_key_values"))
             if not block.serves(hidden_states, cache):
                 return block.slow(hidden_states, *args, **kwargs)
+            layers = [layer for layer in handle.layers() if layer.layer == block.index]
+            for layer in layers:
+                layer.count = None
             with handle.meter.on():  # whoever counts takes the reference path
                 wanted = block.slow(hidden_states, *args, **kwargs)
             cache.layers[block.index].cumulative_length.sub_(1)
             found = fast(hidden_states, *args, **kwargs)
             errors.append((found - wanted).float().norm() / (wanted - hidden_states).float().norm())
+            for layer in layers:
+                if (read := layer.read) is not None:
+                    reads[layer.site].append((int(handle.meter.unions[layer.site, layer.layer][-1]), int(read)))
             return found
 
         return forward
 
-    counted = dict(handle.meter.counts), dict(handle.meter.unions)
-    with runtime(model, handle) as blocks:
+    with handle.meter.apart(), runtime(model, handle) as blocks:
         for block in blocks:
             block.module.forward = both_ways(block)
         teacher_forced(model, handle, window, steps)
-    handle.meter.reset()
-    handle.meter.counts.update(counted[0])
-    handle.meter.unions.update(counted[1])
-    return float(torch.stack(errors).mean())
+    sums = [[sum(side) for side in zip(*pairs, strict=True)] for pairs in reads.values()]
+    differences = (abs(fast - masked) / max(1, masked) for masked, fast in sums)
+    return BlockErrors(float(torch.stack(errors).mean()), max(differences, default=0.0))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ MAX_SECONDS = 60.0
 TARGET_NOISE = 0.01  # stop once the interval of the speed-up is this narrow, as a share of the speed-up
 SETTLED = 0.9  # or once three more rounds left more than this share of the noise
 ENERGY_SECONDS = 1.5  # the GPU's counter ticks every 20 to 100 ms: its share of such a window is what energy is good to
+IMPOSSIBLE = 1.1  # of the byte limit, above the noise of both sides
+HIDDEN = (10.0, 0.1)  # ms, and share of a block's time, that may pass between its last event and the end of all work
 WARM_STEPS = 4
 GPU_STEPS = 32  # timed steps per block
 CPU_STEPS = 6
@@ -100,6 +103,15 @@ class Runner:
             samples.append(1e3 * (perf_counter() - start))
         return samples
 
+    def text(self, steps: int) -> Tensor:
+        """The prompt, its next token and those of `steps` steps: int64 [batch, context + 1 + steps]."""
+        self.rewind()
+        tokens = [self.decoder.prompt, self.decoder.token.clone()]
+        for _ in range(steps):
+            self.step()
+            tokens.append(self.decoder.token.clone())
+        return torch.cat(tokens, 1)
+
 
 class Bench:
     """Times methods against one model's dense runners, which are built once and run in every comparison."""
@@ -110,6 +122,9 @@ class Bench:
         prompt: int64 [batch, context] on the model's device; bandwidth: measured bytes per second, GPU only."""
         self.model, self.prompt, self.bandwidth = model, prompt, bandwidth
         self.gpu, self.device = prompt.is_cuda, str(prompt.device)
+        self._shape: tuple[int, int] = (prompt.shape[0], prompt.shape[1])
+        # A step that reads less than this may have found part of it in the cache of the one before.
+        self._cached = 4 * torch.cuda.get_device_properties(prompt.device).L2_cache_size if self.gpu else 0
         self.notes: list[str] = []
         self.energy: dict[str, dict[str, float] | None] = {}  # of the dense runners
         self.dense: list[Runner] = self._runners("dense", None)
@@ -117,10 +132,18 @@ class Bench:
 
     @torch.no_grad()
     def measure(
-        self, handle: SparseModel, timed_step: Callable[[], dict[str, Any]], progress: Callable[[float, float], None]
+        self,
+        handle: SparseModel,
+        timed_step: Callable[[], dict[str, Any]],
+        check: Callable[[Tensor, int], float],
+        progress: Callable[[float, float], None],
     ) -> dict[str, Any]:
-        """The record's `latency` block. `timed_step` is asked after the timed steps, whose selections it counts: their
-        `density`, the `bytes` they had to read, and the dense model's `bytes_dense`, also with `bytes_8bit` weights."""
+        """The record's `latency` block. Raises RuntimeError for times that cannot be.
+
+        `check` raises for a text whose last tokens, as many as it is told, the sparse steps should not have made; it
+        returns the record's `regret`. `timed_step` is asked after the timed steps, whose selections it counts: their
+        `density`, the `bytes` they had to read, and the dense model's `bytes_dense`, also with `bytes_8bit` weights.
+        """
         sparse: list[Runner] = []
         if handle.layers():
             with handle.sparse():
@@ -130,6 +153,7 @@ class Bench:
         runners = self.dense + self.quantised + sparse
         blocks: dict[str, list[list[float]]] = {runner.name: [] for runner in runners}
         steps = GPU_STEPS if self.gpu else CPU_STEPS
+        ends: dict[str, list[Tensor]] = {runner.name: [] for runner in runners}
         noise: list[float] = []
         watched = [machine.watch(self.device)]
         stop, start = None, perf_counter()
@@ -138,6 +162,7 @@ class Bench:
                 with self._phase(handle, runner):
                     runner.rewind()
                     blocks[runner.name].append(runner.block(steps))
+                ends[runner.name].append(runner.decoder.token.clone())
             self._count(handle)
             watched.append(machine.watch(self.device))
             rounds = len(watched) - 1
@@ -149,6 +174,7 @@ class Bench:
         if sparse and not self.gpu:
             self.count(handle)
         found = self._block(blocks, sparse, stop, timed_step())
+        found["regret"] = max((self._checked(handle, r, ends[r.name], check) for r in sparse), default=None)
         found["watch"] = _disturbances(watched)
         energy = {r.name: self._energy(handle, r) for r in runners if r.name in (found["runner"], found["baseline"])}
         found["energy"] = energy[found["runner"]]
@@ -172,6 +198,17 @@ class Bench:
             with self._phase(handle, runner):
                 self.energy[runner.name] = energy(runner, machine.energy_counter(self.device))
         return self.energy[runner.name]
+
+    def _checked(
+        self, handle: SparseModel, runner: Runner, ends: list[Tensor], check: Callable[[Tensor, int], float]
+    ) -> float:
+        """What was timed is what is checked: the same steps again must end in the tokens that every block ended in."""
+        steps = WARM_STEPS + (GPU_STEPS if self.gpu else CPU_STEPS)
+        with handle.sparse():
+            text = runner.text(steps)
+        if not all(torch.equal(text[:, -1:], end) for end in ends):
+            raise RuntimeError(f"{runner.name}: timed steps ended in other tokens than the same steps run again")
+        return check(text, steps)
 
     def _breakdown(self, handle: SparseModel, runners: list[Runner], notes: list[str]) -> dict[str, Any] | None:
         """Of the decode runtime where it runs: only its kernels have a class of their own each."""
@@ -217,6 +254,10 @@ class Bench:
         if self.bandwidth:
             found["limit_ms"] = 1e3 * step["bytes"] / self.bandwidth
             found["fraction_of_limit"] = found["limit_ms"] / found["median"]
+            if found["fraction_of_limit"] > IMPOSSIBLE and step["bytes"] > self._cached:
+                raise RuntimeError(
+                    f"{chosen} takes {found['median']:.3g} ms for bytes that take {found['limit_ms']:.3g} to read"
+                )
             for dense in found["dense"].values():
                 dense["fraction_of_limit"] = 1e3 * step["bytes_dense"] / self.bandwidth / dense["median"]
             for beside in found["quantised"].values():
@@ -226,7 +267,7 @@ class Bench:
 
     def _runners(self, prefix: str, handle: SparseModel | None) -> list[Runner]:
         if not self.gpu:
-            return [self._eager(f"{prefix} cpu")]
+            return [self._eager(f"{prefix} cpu", handle)]
         made = [self._eager("dense eager")] if prefix == "dense" else []
         kinds = ["graph", "compiled"] if prefix == "dense" else []
         reason = why_not(self.model)
@@ -237,11 +278,11 @@ class Bench:
             try:
                 if kind == "runtime":
                     with runtime(self.model, handle) as blocks:
-                        made.append(self._graph(f"{prefix} {kind}", False, blocks))
+                        made.append(self._graph(f"{prefix} {kind}", False, blocks, handle))
                 else:
                     for layer in handle.layers() if handle else []:
                         layer.materialize()
-                    made.append(self._graph(f"{prefix} {kind}", kind == "compiled"))
+                    made.append(self._graph(f"{prefix} {kind}", kind == "compiled", None, handle))
             except Exception as error:  # torch.compile and capture raise many types; the other runners still count
                 text = str(error).splitlines()[0][:200] if str(error) else ""
                 self.notes.append(f"{prefix} {kind} unavailable: {type(error).__name__}: {text}")
@@ -261,15 +302,17 @@ class Bench:
                 torch.cuda.synchronize()
         return made
 
-    def _decoder(self) -> Decoder:
-        return Decoder(self.model, self.prompt, WARM_STEPS + max(GPU_STEPS, CPU_STEPS) + 4)
+    def _decoder(self, handle: SparseModel | None) -> Decoder:
+        """With the prompt as the mode has it, whatever its decode steps will be."""
+        with handle.positions(handle.mask(*self._shape, self.device)) if handle else nullcontext():
+            return Decoder(self.model, self.prompt, WARM_STEPS + max(GPU_STEPS, CPU_STEPS) + 4)
 
-    def _eager(self, name: str) -> Runner:
-        decoder = self._decoder()
+    def _eager(self, name: str, handle: SparseModel | None = None) -> Runner:
+        decoder = self._decoder(handle)
         return Runner(name, decoder, lambda: decoder.step(self.model.forward))
 
-    def _graph(self, name: str, compiled: bool, keep: Any = None) -> Runner:
-        decoder = self._decoder()
+    def _graph(self, name: str, compiled: bool, keep: Any = None, handle: SparseModel | None = None) -> Runner:
+        decoder = self._decoder(handle)
         forward = self.model.forward
         if compiled:
             torch._dynamo.reset()  # the modules behind `forward` differ from one method to the next
@@ -301,10 +344,13 @@ class Bench:
     @torch.no_grad()
     def count(self, handle: SparseModel) -> None:
         """The reference path counts while it computes, which costs time: a few steps that are not timed."""
-        decoder = self._decoder()
-        with handle.sparse(), handle.meter.on():
-            for _ in range(CPU_STEPS):
-                decoder.step(self.model.forward)
+        decoder = self._decoder(handle)
+        with handle.sparse(), handle.meter.apart() as meter:
+            with meter.on():
+                for _ in range(CPU_STEPS):
+                    decoder.step(self.model)  # with its hooks: the meter learns from one that these are steps
+            unions = meter.unions
+        handle.meter.unions.update(unions)
 
     def close(self) -> None:
         self.dense, self.quantised = [], []
@@ -314,13 +360,18 @@ class Bench:
 
 
 def _events(step: Callable[[], None], steps: int) -> list[float]:
-    """Milliseconds of each step, between device events."""
+    """Milliseconds of each step, between device events; raises RuntimeError for work that hides from them."""
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
     marks[0].record()
     for mark in marks[1:]:
         step()
         mark.record()
+    marks[-1].synchronize()
+    start = perf_counter()
     torch.cuda.synchronize()
+    hidden, timed = 1e3 * (perf_counter() - start), marks[0].elapsed_time(marks[-1])
+    if hidden > HIDDEN[0] + HIDDEN[1] * timed:
+        raise RuntimeError(f"work went on for {hidden:.3g} ms after the events that timed {timed:.3g} ms of steps")
     return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
 
 

@@ -15,7 +15,7 @@ from methods.base import Progress
 from methods.registry import create
 from methods.runtime import why_not
 
-from . import artifacts, cost, fidelity, latency, models, prefill
+from . import artifacts, checks, cost, fidelity, latency, models, prefill
 from .corpus import Corpus, load_corpus, token_windows
 from .plan import Cell
 
@@ -104,7 +104,7 @@ class Session:
             timing: dict[str, Any] = {}
             if bench is not None:
                 paths = self._check_paths(handle, quality)
-                timing = self._time(bench, handle, cell) | paths
+                timing = self._time(bench, handle, cell, quality) | paths
             costs, density = cost.record(handle, self.shape, cell.context, cell.batch)
         return {
             "model": self.describe(),
@@ -127,13 +127,16 @@ class Session:
             "latency": timing,
         }
 
-    def _time(self, bench: latency.Bench, handle: SparseModel, cell: Cell) -> dict[str, Any]:
+    def _time(self, bench: latency.Bench, handle: SparseModel, cell: Cell, quality: Quality) -> dict[str, Any]:
         """The record's latency. Controls have none, and so no rank: they may look at what they skip."""
         if "control" in self.artifact(cell).manifest:
             bench.count(handle)
             return {}
         timing = bench.measure(
-            handle, lambda: self._timed_step(handle, cell), lambda a, b: self.progress("decode latency", a, b)
+            handle,
+            lambda: self._timed_step(handle, cell),
+            lambda text, steps: checks.timed_text(self.model, handle, text, steps, quality.fidelity),
+            lambda a, b: self.progress("decode latency", a, b),
         )
         self.progress("prefill", 0, 1)
         return timing | prefill.measure(self.model, handle, bench.prompt)
@@ -143,7 +146,12 @@ class Session:
         window = self.windows[:1].to(self.device)
         found: dict[str, float] = {}
         if self.device.type == "cuda" and why_not(self.model) is None:
-            found["block_error"] = fidelity.block_check(self.model, handle, window)
+            found["block_error"], found["reads_error"] = fidelity.block_check(self.model, handle, window)
+            if not found["reads_error"] <= fidelity.READS_TOLERANCE:
+                raise RuntimeError(
+                    f"the timed kernels count {found['reads_error']:.2g} more or less than the masks, relatively "
+                    f"(limit {fidelity.READS_TOLERANCE:.2g})"
+                )
             if not found["block_error"] <= fidelity.BLOCK_TOLERANCE:  # also true for NaN
                 raise RuntimeError(
                     f"the timed decoder blocks are {found['block_error']:.2g} off the evaluated ones, relatively "
@@ -252,6 +260,7 @@ class Session:
                 )
                 items = {**items, **answers}
             quality = Quality(block, items, scores, counts)
+        checks.reported_density(self.model, handle, self.windows[:4, :1].to(self.device))
         self._quality[key] = quality
         return quality
 

@@ -199,11 +199,11 @@ class SparseModel:
         return (torch.arange(length, device=device) >= length - sparse).expand(batch, -1) if sparse else False
 
     def _set_phase(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._override:
-            return
         inputs = kwargs.get("input_ids", args[0] if args else None)
         inputs = kwargs["inputs_embeds"] if inputs is None else inputs
-        self.phase.active = self.mask(inputs.shape[0], inputs.shape[1], inputs.device)
+        self.meter.steps = inputs.shape[1] == 1
+        if not self._override:
+            self.phase.active = self.mask(inputs.shape[0], inputs.shape[1], inputs.device)
 
     @contextmanager
     def positions(self, active: bool | Tensor) -> Iterator[None]:

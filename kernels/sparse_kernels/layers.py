@@ -38,11 +38,12 @@ class Phase:
 class Meter:
     """Counts active units per token, site and layer, at the positions that went through the sparse path.
 
-    It only listens inside `with meter.on():`, so that timed steps carry no counting.
+    It only listens inside `with meter.on():`, so that timed steps carry no counting. steps: whether the pass that runs
+    has one position per sequence, which a layer cannot know whose input has lost its shape.
     """
 
     def __init__(self) -> None:
-        self.enabled = False
+        self.enabled = self.steps = False
         self.counts: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
         self.unions: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
 
@@ -53,6 +54,16 @@ class Meter:
             yield self
         finally:
             self.enabled = False
+
+    @contextmanager
+    def apart(self) -> Iterator[Meter]:
+        """Within: what is counted stays apart from what was counted before, and is forgotten afterwards."""
+        kept = self.counts, self.unions
+        self.counts, self.unions = defaultdict(list), defaultdict(list)
+        try:
+            yield self
+        finally:
+            self.counts, self.unions = kept
 
     def reset(self) -> None:
         self.counts.clear()
@@ -66,8 +77,8 @@ class Meter:
         if isinstance(active, Tensor):
             counts = counts[active.expand(counts.shape)]
         self.counts[key].append(counts.flatten().to("cpu", torch.int32))
-        if keep.dim() == 3 and keep.shape[1] == 1:
-            self.unions[key].append(keep.flatten(0, 1).any(0).sum().cpu())
+        if self.steps or (keep.dim() == 3 and keep.shape[1] == 1):
+            self.unions[key].append(keep.flatten(0, -2).any(0).sum().cpu())
 
 
 class SparseLayer(nn.Module, ABC):

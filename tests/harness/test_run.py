@@ -243,8 +243,10 @@ def test_a_decode_step_that_computes_something_else_has_no_numbers(
         y = honest(self, x)
         if self.phase.active is not True:
             return y
+        if getattr(self, "cached", y).shape != y.shape:
+            del self.cached
         self.cached = getattr(self, "cached", y)  # a cache that outlives its step
-        return self.cached if self.cached.shape == y.shape else y
+        return self.cached
 
     monkeypatch.setattr(SparseLinear, "forward", stale)
     assert cli.main(command(model, tmp_path, "--tasks", "none", "--density", "0.5")) == 1
