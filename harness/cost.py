@@ -83,7 +83,7 @@ def densities(handle: SparseModel, shape: Shape, unions: bool = False) -> dict[t
 
     unions: the share of units that any sequence of the batch used, from one-position passes, instead of the mean
     over tokens. A site that the meter has not seen counts as dense. (block, "attention"), where a layer leaves out
-    heads, is always a mean over tokens: every sequence has a cache of its own.
+    heads or cached tokens, is always a mean over tokens: every sequence has a cache of its own.
     """
     import torch
 

@@ -57,12 +57,13 @@ class Spark(Method):
     summary = "neurons above mean + c * deviation of the gate; built into the model, or put in without training"
     paper = "arXiv 2506.06644 (NeurIPS 2025)"
     training = "training-free"
-    sites = ("ffn",)
+    sites = ("ffn", "attention")
     densities = (0.5, 0.3, 0.08)
     fidelity = (
-        "native on a model trained with it: the paper's FFN (or Gemma 3n's), same output as the model, attention "
-        "computed in full; mask, output and soft on other models: post-hoc variants of ours, not the paper's method, "
-        "which trains from scratch; statistics in float32, multipliers calibrated so that the density is met"
+        "native, on a model trained with it: the paper's FFN and attention (or Gemma 3n's FFN), same output as the "
+        "model; the scaling of attention scores is not published and ours; mask, output and soft, on other models: "
+        "post-hoc variants of ours, not the paper's method, which trains from scratch; statistics in float32, "
+        "multipliers calibrated so that the density is met"
     )
     Options = SparkOptions
     options: SparkOptions
@@ -112,6 +113,7 @@ class Spark(Method):
         variant, activation = self._variant(config), activation_of(config)
         score, soft = VARIANTS[variant]
         split, native = getattr(config, "ffn_split", 0), variant == "native"
+        attended: int = getattr(config, "attended", 0)
         for block in blocks(attachment.model):
             found = tensors.get(f"multiplier.{block.index}")
             if found is None and tensors:
@@ -121,6 +123,11 @@ class Spark(Method):
             place = block.index, attachment.phase, attachment.meter
             layer = GateFirstFFN(*matrices, activation, multiplier, *place, score, soft, split, native)
             place_ffn(block, layer, attachment.replace)
+            if attended:
+                from .shared.spark_llama import SparkAttentionLayer
+
+                attention: Any = block.module.get_submodule("self_attn")
+                attachment.replace(f"{block.path}.self_attn", SparkAttentionLayer(attention, *place))
 
     def _variant(self, config: Any) -> str:
         if self.options.variant != "auto":
@@ -185,5 +192,6 @@ def _kept(model: PreTrainedModel, artifact: Artifact, windows: Tensor) -> float:
 
     with sparsify(model, artifact, "all") as handle, torch.inference_mode(), handle.meter.on():
         model(input_ids=windows[:4].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
-        counts = [torch.cat(found).double().mean() for found in handle.meter.counts.values()]
-        return float(sum(counts) / sum(layer.units for layer in handle.layers()))
+        layers = [layer for layer in handle.layers() if layer.site == "ffn"]
+        counts = [torch.cat(handle.meter.counts["ffn", layer.layer]).double().mean() for layer in layers]
+        return float(sum(counts) / sum(layer.units for layer in layers))

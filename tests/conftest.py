@@ -19,6 +19,7 @@ KERNEL_MODULES = (
     "expert_ffn.kernel",
     "neuron_ffn.kernel",
     "attention.kernel",
+    "spark_attention.kernel",
     "stream",
 )
 

@@ -24,6 +24,7 @@ from sparse_kernels.selection.op import (
     union,
     union_lists,
 )
+from sparse_kernels.spark_attention.op import spark_attention_decode, spark_attention_multipliers
 
 __all__ = [
     "ACTIVATIONS",
@@ -45,6 +46,8 @@ __all__ = [
     "rope_cache_write",
     "router_scores",
     "row_stats",
+    "spark_attention_decode",
+    "spark_attention_multipliers",
     "statistical_top_k",
     "threshold_linear",
     "to_index",

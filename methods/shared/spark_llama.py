@@ -17,8 +17,11 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, apply_rotary_pos_emb, repeat_kv
 
-from sparse_kernels import gaussian_multiplier
+from sparse_kernels import gaussian_multiplier, spark_attention_decode, spark_attention_multipliers
+from sparse_kernels.layers import Meter, Phase, SparseLayer
 from sparse_kernels.selection.naive import wide
+from sparse_kernels.spark_attention.cost import share as read_share
+from sparse_kernels.spark_attention.naive import attended_to, multipliers, scores, spark_attention
 
 from .experts import dequantise, quantise
 
@@ -80,24 +83,21 @@ class SparkAttention(LlamaAttention):
         cache: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q = self.q_proj(hidden_states).view(shape).transpose(1, 2)
-        k = self.k_proj(hidden_states).view(shape).transpose(1, 2)
-        v = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        cos, sin = (halved(t) for t in position_embeddings)
+        q, k, v = self.project(hidden_states, position_embeddings, cache, kwargs)
+        k, v = (repeat_kv(t, self.num_key_value_groups) for t in (k, v))
+        mixed = spark_attention(q, k, v, visible_tokens(q, k, attention_mask), self.attended)
+        return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
+
+    def project(
+        self, hidden: Tensor, embeddings: tuple[Tensor, Tensor], cache: Any, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated query [B, Hq, T, d], and keys and values [B, Hkv, S, d], those of the cache before this pass's."""
+        shape = (*hidden.shape[:-1], -1, self.head_dim)
+        q, k, v = (m(hidden).view(shape).transpose(1, 2) for m in (self.q_proj, self.k_proj, self.v_proj))
+        cos, sin = (halved(t) for t in embeddings)
         rotated = [apply_rotary_pos_emb(a, b, cos, sin) for a, b in zip(q.chunk(2, -1), k.chunk(2, -1), strict=True)]
         q, k = (torch.cat(parts, -1) for parts in zip(*rotated, strict=True))
-        if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx, kwargs=kwargs)
-        k, v = (repeat_kv(t, self.num_key_value_groups) for t in (k, v))
-        if attention_mask is None:
-            ahead = k.shape[2] - q.shape[2]
-            visible = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(ahead)
-        else:
-            visible = attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-            visible = visible[..., : k.shape[2]]
-        mixed = spark_attention(q, k, v, visible, self.attended)
-        return self.o_proj(mixed.transpose(1, 2).flatten(2)), None
+        return (q, *cache.update(k, v, self.layer_idx, kwargs=kwargs)) if cache is not None else (q, k, v)
 
 
 def halved(embedding: Tensor) -> Tensor:
@@ -106,26 +106,75 @@ def halved(embedding: Tensor) -> Tensor:
     return torch.cat((half, half), -1)
 
 
-def spark_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, attended: int) -> Tensor:
-    """q [B, H, T, d], k, v [B, H, S, d], visible bool [..., T, S] of at least one token each: [B, H, T, d]."""
-    half = q.shape[-1] // 2
-    a = (q[..., :half] @ k[..., :half].transpose(2, 3)).float() * half**-0.5
-    gate = F.softplus((q[..., half:] @ k[..., half:].transpose(2, 3)).float() * half**-0.5)
-    keep = attended_to(a, visible, attended)
-    p = a.masked_fill(~keep, torch.finfo(a.dtype).min).softmax(-1)
-    return (p * gate).to(v.dtype) @ v
+def visible_tokens(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
+    """bool [..., T, S] from transformers' mask, which adds to scores or says so; without one, all but the future."""
+    if mask is None:
+        ones = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+        return ones.tril(k.shape[2] - q.shape[2])
+    return (mask if mask.dtype == torch.bool else mask >= 0)[..., : k.shape[2]]
 
 
-@torch.no_grad()
-def attended_to(a: Tensor, visible: Tensor, attended: int) -> Tensor:
-    """bool [..., T, S]: the visible tokens that the statistics of the visible scores a [..., T, S] let through."""
-    seen = visible.sum(-1, keepdim=True)
-    mean = a.masked_fill(~visible, 0).sum(-1, keepdim=True) / seen
-    deviation = ((a - mean).square().masked_fill(~visible, 0).sum(-1, keepdim=True) / seen).sqrt()
-    multiplier = torch.special.ndtri((1 - attended / seen).clamp(min=1e-6))
-    best = a.masked_fill(~visible, -torch.inf).amax(-1, keepdim=True)
-    limit = torch.minimum(mean + deviation * multiplier, best)
-    return visible & ((a >= limit) | (seen <= attended))
+class SparkAttentionLayer(SparseLayer):
+    """A model's `SparkAttention`, same output: decode steps read of the cache only what they attend to.
+
+    The meter gets the share of the cache that a token reads: half of the keys, and of the tokens that any query head of
+    a KV group attends to the rest, mean over the groups.
+    """
+
+    attends = True
+
+    def __init__(self, module: SparkAttention, layer: int, phase: Phase, meter: Meter) -> None:
+        super().__init__("attention", layer, phase, meter)
+        self.module = module
+        self.multipliers: dict[int, Tensor] = {}  # by length of the cache; a captured step keeps reading its own
+
+    @property
+    def units(self) -> int:
+        return 1
+
+    def linears(self) -> dict[str, nn.Linear]:
+        return {}
+
+    def materialize(self) -> None:
+        pass
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        module = self.module
+        q, k, v = module.project(hidden_states, position_embeddings, cache, kwargs)
+        visible = visible_tokens(q, k, attention_mask)
+        if hidden_states.shape[1] == 1 and self.fast(hidden_states):
+            mixed = self.step(q, k, v, visible)
+        else:
+            self.count_share(q, k, visible)
+            every = [repeat_kv(t, module.num_key_value_groups) for t in (k, v)]
+            mixed = spark_attention(q, every[0], every[1], visible, module.attended)
+        return module.o_proj(mixed.transpose(1, 2).flatten(2)), None
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+        """[B, Hq, 1, d] of one token per sequence, by the kernels."""
+        shown, positions = visible.reshape(-1, visible.shape[-1]), k.shape[2]
+        if positions not in self.multipliers:
+            self.multipliers[positions] = spark_attention_multipliers(self.module.attended, positions, k.device)
+        return spark_attention_decode(q[:, :, 0], k, v, shown, self.multipliers[positions]).unsqueeze(2)
+
+    def count_share(self, q: Tensor, k: Tensor, visible: Tensor) -> None:
+        active = self.phase.active
+        if not self.meter.enabled or active is False:
+            return
+        half, groups, shown = self.module.head_dim // 2, k.shape[1], visible.expand(len(q), 1, -1, -1)
+        a = scores(q[..., :half], repeat_kv(k, self.module.num_key_value_groups)[..., :half])
+        seen = shown.sum(-1, keepdim=True)
+        keep = attended_to(a, shown, multipliers(self.module.attended, seen)).unflatten(1, (groups, -1)).any(2)
+        share = read_share((keep.sum(-1) / seen[..., 0]).mean(1))  # [B, T]
+        share = share[active] if isinstance(active, Tensor) else share.flatten()
+        self.meter.counts[self.site, self.layer].append(share.cpu())
 
 
 class SparkLlamaForCausalLM(LlamaForCausalLM):

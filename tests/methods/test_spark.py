@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch.nn import functional as F
 
 from methods import UsageError, sparsify
 from methods.registry import create, parse
-from methods.shared.spark_llama import SparkMLP, attended_to, spark_attention
+from methods.shared.spark_llama import SparkMLP
 from methods.spark import built_in
-from sparse_kernels import gaussian_multiplier
+from sparse_kernels import gaussian_multiplier, spark_attention_decode, spark_attention_multipliers
+from sparse_kernels.spark_attention.naive import spark_attention
 from tests.methods.models import data, gemma3n, llama, opt, spark_llama, windows
 
 
@@ -23,8 +22,8 @@ def prepare(model, spec="spark", density=0.5):
 def realised(model, artifact) -> float:
     with sparsify(model, artifact, "all") as handle, handle.meter.on():
         model(input_ids=windows(8, seed=1))
-        counts = torch.cat([torch.cat(found) for found in handle.meter.counts.values()]).double()
-        return float(counts.mean()) / handle.layers()[0].units
+        counts = torch.cat([torch.cat(v) for (site, _), v in handle.meter.counts.items() if site == "ffn"]).double()
+        return float(counts.mean()) / next(layer.units for layer in handle.layers() if layer.site == "ffn")
 
 
 # Put in afterwards
@@ -87,7 +86,7 @@ def test_a_native_model_gives_the_same_output_for_less_work(build):
     for mode in ("all", "decode", "last-50%"):
         with sparsify(model, artifact, mode) as handle:
             assert torch.allclose(model(input_ids=ids).logits, dense, atol=1e-5)
-            assert len(handle.layers()) == 2
+            assert len([layer for layer in handle.layers() if layer.site == "ffn"]) == 2
     share = built_in(model.config)[0]
     assert artifact.manifest["trained_density"] == share
     assert realised(model, artifact) == pytest.approx(share, abs=0.02)
@@ -138,39 +137,47 @@ def test_gradients_flow_through_the_statistics_and_stay_finite():
 # Attention
 
 
-def heads(length, keys=None, width=16):
+def test_a_query_attends_by_its_own_statistics_whatever_the_length():
+    """One causal pass is the decode step of every position, which tests/kernels holds to the paper's equations."""
     torch.manual_seed(3)
-    return [torch.randn(1, 2, n, width) for n in (length, keys or length, keys or length)]
-
-
-def test_spark_attention_by_hand():
-    (q, k, v), attended = heads(12), 4
+    q, k, v = (torch.randn(1, heads, 12, 16) for heads in (4, 2, 2))
     visible = torch.ones(12, 12, dtype=torch.bool).tril()
-    found = spark_attention(q, k, v, visible, attended)
-    for head in range(2):
-        for t in range(12):
-            a = k[0, head, : t + 1, :8] @ q[0, head, t, :8] / math.sqrt(8)
-            b = F.softplus(k[0, head, : t + 1, 8:] @ q[0, head, t, 8:] / math.sqrt(8))
-            if t + 1 > attended:
-                share = torch.tensor(1 - attended / (t + 1))
-                limit = a.mean() + a.std(unbiased=False) * torch.special.ndtri(share)
-                a = torch.where((a >= limit) | (a == a.max()), a, -torch.inf)
-            expected = (a.softmax(0) * b) @ v[0, head, : t + 1]
-            assert torch.allclose(found[0, head, t], expected, atol=1e-5)
+    found = spark_attention(q, *(t.repeat_interleave(2, 1) for t in (k, v)), visible, 4)
+    for t in range(12):
+        step = spark_attention_decode(q[:, :, t], k, v, visible[t : t + 1], spark_attention_multipliers(4, 12))
+        assert torch.allclose(found[:, :, t], step, atol=1e-6)
 
 
-def test_attention_lets_about_as_many_through_as_asked_for():
-    torch.manual_seed(4)
-    for visible, low, high in ((300, 243, 270), (1024, 220, 292), (200, 200, 200)):
-        seen = torch.arange(1500) < visible
-        counts = attended_to(torch.randn(200, 1500), seen.expand(200, -1), 256).sum(-1)
-        assert low <= int(counts.min()) and int(counts.max()) <= high
-        assert abs(float(counts.float().mean()) - min(256, visible)) < 2
-    keep = attended_to(torch.zeros(1, 40), torch.ones(1, 40, dtype=torch.bool), 4)
-    assert keep.all()  # no score is above another
-    spike = torch.zeros(1, 40)
-    spike[0, 7] = 100.0
-    assert attended_to(spike, torch.ones(1, 40, dtype=torch.bool), 1).nonzero().tolist() == [[0, 7]]
+def test_decode_steps_by_the_kernels_are_the_models_own():
+    model, ids = spark_llama(), windows(2, 40)
+    expected = model(input_ids=ids).logits
+    with sparsify(model, prepare(model, "spark", None)) as handle:
+        layers = [layer for layer in handle.layers() if layer.attends]
+        assert len(layers) == 2
+        for layer in layers:
+            layer.fast = lambda x: x.shape[1] == 1
+        out = model(input_ids=ids[:, :30], use_cache=True)
+        for at in range(30, 40):
+            out = model(input_ids=ids[:, at : at + 1], past_key_values=out.past_key_values, use_cache=True)
+            assert torch.allclose(out.logits[:, 0], expected[:, at], atol=1e-5)
+        assert all(list(layer.multipliers) == list(range(31, 41)) for layer in layers)
+
+
+def test_the_meter_knows_what_attention_reads():
+    from harness import cost
+
+    model = spark_llama()
+    shape = cost.Shape.of(model)
+    with sparsify(model, prepare(model, "spark", None)) as handle:
+        mask = (torch.arange(64) >= 48).expand(2, -1)
+        with handle.meter.on(), handle.positions(mask):
+            model(input_ids=windows(2))
+        (share,) = handle.meter.counts["attention", 0]
+        assert share.shape == (32,) and 0.25 + 0.75 * 8 / 64 < float(share.mean()) < 0.25 + 0.75 * 2.2 * 8 / 48
+        costs, density = cost.record(handle, shape, 56, 1)
+    spent = costs["decode"]
+    assert spent["bytes_kv"] == pytest.approx(float(share.mean()) * sum(shape.kv.values()) * 56 * 4, rel=0.1)
+    assert spent["flops"] < spent["flops_dense"] and density["sites"]["attention"]["mean"] < 0.6
 
 
 def test_the_future_and_padding_change_nothing():

@@ -1,0 +1,1 @@
+"""Attention to the tokens that the statistics of a part of the scores let through."""
