@@ -35,6 +35,8 @@ CHOICES = {
     "heads_tap": ("block_in", "mlp_in"),
     "allocation": ("uniform", "recall"),
 }
+RATE = (1e-3, 12288)  # published, and the width of its model
+FASTEST = 5e-3  # beyond, narrow models learn no better
 FLOOR = {"heads": 0.0, "ffn": 0.005}  # published, of the weight of negatives
 
 
@@ -46,7 +48,7 @@ class DejavuOptions:
     positives: the share of heads, and without ReLU of neurons, that labels call needed (0: the target density);
     rank: of predictors (0: hidden size / 12, which is the published 1000 at OPT-175B's); selector: predictor, or one of
     two controls, random and oracle (true activations, never timed or ranked); windows: training windows; epochs, batch
-    (tokens), lr: of predictors."""
+    (tokens), lr: of predictors (lr 0: the published 1e-3 at OPT-175B's width, scaled, at most 5e-3)."""
 
     parts: str = "both"
     ffn_tap: str = "mlp_in"
@@ -58,9 +60,9 @@ class DejavuOptions:
     rank: int = 0
     selector: str = "predictor"
     windows: int = 100
-    epochs: int = 20
+    epochs: int = 10
     batch: int = 1024
-    lr: float = 1e-3
+    lr: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -70,10 +72,10 @@ class DejavuOptions:
             raise UsageError("dejavu looks 0 or 1 blocks ahead: try dejavu:ffn_ahead=1.")
         if self.heads_tap == "mlp_in" and not self.heads_ahead:
             raise UsageError("mlp_in comes after a block's own attention: choose dejavu:heads_tap=block_in.")
-        if not 0 <= self.positives < 1 or self.rank < 0 or self.lr <= 0:
-            raise UsageError("dejavu needs positives in [0, 1), rank of at least 0 and lr above 0: try positives=0.3.")
+        if not 0 <= self.positives < 1 or self.rank < 0 or self.lr < 0:
+            raise UsageError("dejavu needs positives in [0, 1), rank and lr from 0: try dejavu:positives=0.3.")
         if min(self.windows, self.epochs, self.batch) < 1:
-            raise UsageError("dejavu counts windows, epochs and batch from 1: try dejavu:epochs=20.")
+            raise UsageError("dejavu counts windows, epochs and batch from 1: try dejavu:epochs=10.")
 
     def place(self, part: str, block: int) -> tuple[str, int]:
         """Where the predictor of a block's "heads" or "ffn" listens; a negative block is none."""
@@ -204,10 +206,11 @@ class Dejavu(Method):
     ) -> Router:
         """The predictor of active [tokens, units] from x [tokens, d]; a control's stays as it was drawn."""
         from .shared.predictors import PredictorRecipe, fit
-        from .shared.student import checkpoint_file
+        from .shared.student import checkpoint_file, learning_rate
 
         options = self.options
-        recipe = PredictorRecipe(options.lr, options.epochs, options.batch, FLOOR[part])
+        rate = options.lr or min(FASTEST, learning_rate(model, 0.0, RATE))
+        recipe = PredictorRecipe(rate, options.epochs, options.batch, FLOOR[part])
         router = self._start(model.config, part, 1009 * data.seed + index)
         typical = max(1, round(float(active.float().mean()) * active.shape[1]))
         place = checkpoint_file(data, self, model, f"{part}{index}-{typical}", ("allocation", "parts", "positives"))

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TAP = "attn_norm"  # both routers read what q, k and v read
 DENSE_BLOCKS = 1
+GROWTH = 0.57  # of neurons with batch size B, in the paper's table for OPT-6.7B: 1 - k / all is a power B ** 0.57
 CHOICES = {
     "ffn": ("auto", "dense", "sparse"),
     "outputs": ("heads", "groups"),
@@ -43,14 +44,17 @@ class PolarOptions:
     heads share keys, heads (a group counts as its best one, as in the paper's accuracy tables) or groups (as in its
     kernels); selector: router, or one of two controls, random and oracle (true norms, never timed or ranked); budget:
     accepted rise of calibration perplexity, 0.01 for 1 % (above 0, the density is a lower limit and the smallest one
-    within the budget is taken); recall: of active neurons, which sets how many run; rank: of FFN routers (0: hidden
-    size / 4, at most the published 1024); windows: training windows; epochs, batch (tokens), lr: of the routers."""
+    within the budget is taken); recall: of active neurons, which sets how many run; active: for random weights, the
+    share of neurons that one token runs (published: 0.095 for OPT-6.7B), from which larger batches follow; rank: of FFN
+    routers (0: hidden size / 4, at most the published 1024); windows: training windows; epochs, batch (tokens), lr: of
+    routers."""
 
     ffn: str = "auto"
     outputs: str = "heads"
     selector: str = "router"
     budget: float = 0.0
     recall: float = 0.99
+    active: float = 0.095
     rank: int = 0
     windows: int = 100
     epochs: int = 20
@@ -61,9 +65,9 @@ class PolarOptions:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown(f"polar {name}", getattr(self, name), known)
-        if not 0 < self.recall <= 1 or self.budget < 0 or self.rank < 0 or self.lr <= 0:
+        if not 0 < self.recall <= 1 or not 0 < self.active <= 1 or self.budget < 0 or self.rank < 0 or self.lr <= 0:
             raise UsageError(
-                "polar needs recall in (0, 1], budget and rank of at least 0, lr above 0: try recall=0.99."
+                "polar needs recall and active in (0, 1], budget and rank from 0, lr above 0: try polar:recall=0.99."
             )
         if min(self.windows, self.epochs, self.batch) < 1:
             raise UsageError("polar counts windows, epochs and batch from 1: try polar:epochs=20.")
@@ -77,9 +81,9 @@ class Polar(Method):
     sites = ("heads", "ffn")
     fidelity = (
         "paper: routers, their input, labels and loss, layer 0 dense, density of heads in all other layers, groups as "
-        "the best of their heads, FFN neurons for the batch with k by layer and batch size; adapted: the label share "
-        "is the target density, the epoch with the best recall at k is kept, batches of 512 at rate 1e-3, prompts "
-        "are dense under mode decode, o reads no channels of heads that no sequence kept, nothing runs beside"
+        "the best of their heads, FFN neurons for the batch with k by layer and batch size, for the token alone where "
+        "quality is evaluated; adapted: the label share is the target density, the epoch with the best recall at k is "
+        "kept, batches of 512 at rate 1e-3, o reads no channels of heads that no sequence kept, nothing runs beside"
     )
     Options = PolarOptions
     options: PolarOptions
@@ -131,8 +135,10 @@ class Polar(Method):
             yield self.artifact(model, given, done, told | critical)
 
     def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
-        """Random routers; heads at the density, and as many neurons as the density says, whatever the batch."""
+        """Random routers; heads at the density, neurons as many as published for OPT at each batch size."""
         import torch
+
+        from sparse_kernels.selectors import BatchRouter
 
         from .families import blocks, heads_of
         from .shared.heads import groups_for
@@ -147,7 +153,9 @@ class Polar(Method):
             if self._sparse_ffn(model.config):
                 neurons = block.linears["up"].out_features
                 tensors |= stored(f"ffn.{block.index}", self._start_ffn(model.config, neurons, block.index))
-                tensors[f"ffn.{block.index}.k"] = torch.tensor([max(1, round(target * neurons))], dtype=torch.int32)
+                shares = [1 - (1 - self.options.active) ** (size**GROWTH) for size in BatchRouter.SIZES]
+                ks = [max(1, round(share * neurons)) for share in shares]
+                tensors[f"ffn.{block.index}.k"] = torch.tensor(ks, dtype=torch.int32)
         return self.artifact(model, density, self._with_k(tensors, model, k), {"synthetic": True})
 
     def attach(self, attachment: Attachment) -> None:
@@ -240,7 +248,9 @@ class Polar(Method):
         positives = k if by_group else groups_for(self.name, density, heads)
         index = found.block.index
         router = self._start_heads(model.config, 1009 * data.seed + index)
-        place = checkpoint_file(data, self, model, f"heads{index}-{positives}", ("budget", "ffn", "rank", "recall"))
+        place = checkpoint_file(
+            data, self, model, f"heads{index}-{positives}", ("budget", "ffn", "rank", "recall", "active")
+        )
         label = f"polar heads {index}, density {density:g}"
         active = largest(norms, positives)
         x, oracle = found.taps[TAP], self.options.selector == "oracle"
@@ -262,7 +272,7 @@ class Polar(Method):
         units, oracle = active.shape[1], self.options.selector == "oracle"
         typical = max(1, round(float(active.float().mean()) * units))
         router = self._start_ffn(model.config, units, 1009 * data.seed + index)
-        place = checkpoint_file(data, self, model, f"ffn{index}", ("budget", "outputs", "recall"))
+        place = checkpoint_file(data, self, model, f"ffn{index}", ("budget", "outputs", "recall", "active"))
         recipe = self._recipe(0.005)  # the published floor of FFN routers
         fit(router, x, active, typical, recipe, data.seed, f"polar ffn {index}", progress, place)
         step = max(1, units // 128)  # the published 128 at OPT-6.7B's width

@@ -285,7 +285,7 @@ class ExpertFFN(SparseLayer):
             return self.down(torch.where((score > threshold)[..., None], self.hidden(rows), others).flatten(-2))
         gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
         up, up_bias, bias, act = self.up.weight, self.up.bias, self.down.bias, self.activation
-        if len(rows) == 1 and self.mean is None:
+        if (len(rows) == 1 or selector.shared) and self.mean is None:
             return neuron_ffn(rows, gate, up, self.down_t, index, self.count, act, gate_bias, up_bias, bias, self.size)
         h = expert_hidden(rows, gate, up, gate_bias, up_bias, score, threshold, index, self.count, act)
         if self.mean is not None:

@@ -33,11 +33,13 @@ class Tap:
 class Selector(nn.Module, ABC):
     """units: experts to choose from; threshold: float32 [1], of every rule but top-k, which has k.
 
-    fast: whether `select` exists; overhead: parameters that scoring reads; tap: where the hidden state that is scored
-    comes from, None for the layer's own input. Raises ValueError for an unknown rule.
+    fast: whether `select` exists; shared: whether every row runs all that `select` lists, whatever its own scores;
+    overhead: parameters that scoring reads; tap: where the hidden state that is scored comes from, None for the layer's
+    own input. Raises ValueError for an unknown rule.
     """
 
     fast = True
+    shared = False
     tap: Tap | None = None
     threshold: Tensor
     everything: Tensor
@@ -202,6 +204,7 @@ class BatchRouter(Router):
     Source: Polar Sparsity (arXiv 2505.14884), layer-wise dynamic top-k.
     """
 
+    shared = True
     SIZES = (1, 2, 4, 8, 16, 32, 64)
     DENSE = 0.8  # above this share of the units the batch is better served by all
 
