@@ -269,7 +269,8 @@ class ExpertFFN(SparseLayer):
         if fast:
             return self._skip(x.reshape(-1, x.shape[-1]), self.selector).view(*x.shape[:-1], -1)
         h = self.hidden(x)
-        keep = self.mask(self.selector(x, h)).unsqueeze(-1)
+        chosen = self.selector.together(x, h) if self.meter.steps else self.selector(x, h)
+        keep = self.mask(chosen).unsqueeze(-1)
         if self.mean is None:
             return self.down((h * keep).flatten(-2))
         y = self.down(((h - self.mean.view(self.units, -1)) * keep).flatten(-2))
@@ -279,8 +280,8 @@ class ExpertFFN(SparseLayer):
         """rows [B, d]; reads the experts that any of them needs."""
         self.materialize()
         score, threshold, index, self.count = selector.select(rows)
-        if self.crowded(len(rows), CROSSOVER):  # every row as it chose, of a product that reads everything
-            self.count = None
+        if not selector.shared and self.crowded(len(rows), CROSSOVER):
+            self.count = None  # every row as it chose, of a product that reads everything
             others = 0 if self.mean is None else self.mean.view(self.units, -1)
             return self.down(torch.where((score > threshold)[..., None], self.hidden(rows), others).flatten(-2))
         gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)

@@ -58,6 +58,10 @@ class Selector(nn.Module, ABC):
     def overhead(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def together(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """`forward` for x of the rows of one decode step."""
+        return self(x, hidden)
+
     def match(self, weight: Tensor) -> None:
         """Goes to the device of a layer's weight; parameters take its dtype, thresholds stay float32."""
         self.to(weight.device)
@@ -199,16 +203,18 @@ def batch_score(score: Tensor) -> Tensor:
 class BatchRouter(Router):
     """Chooses for a whole batch: as many units as its size takes, by the sum of what is positive of its scores.
 
-    ks: how many for batches of up to SIZES[i] rows, in that order; the last one holds for larger ones. A single row
-    runs its ks[0] best. The reference path selects for every token by itself, as the published accuracies do.
-    Source: Polar Sparsity (arXiv 2505.14884), layer-wise dynamic top-k.
+    ks: how many for batches of up to SIZES[i] rows, in that order; the last one holds for larger ones; all, where more
+    than DENSE of the units are asked for. A single row runs its ks[0] best, and so does every token of a text, as in
+    the published accuracies. Source: Polar Sparsity (arXiv 2505.14884), layer-wise dynamic top-k.
     """
 
     shared = True
     SIZES = (1, 2, 4, 8, 16, 32, 64)
-    DENSE = 0.8  # above this share of the units the batch is better served by all
+    DENSE = 0.8  # published: above this share of the units the batch is better served by all
 
     def __init__(self, layers: tuple[Tensor, ...], ks: list[int]) -> None:
+        units = layers[-1].shape[0]
+        ks = [units if k > self.DENSE * units else k for k in ks]
         super().__init__(layers, "top-k", k=ks[0])
         self.ks = ks
 
@@ -217,7 +223,14 @@ class BatchRouter(Router):
         return fits[0] if fits else self.ks[-1]
 
     def idle(self, rows: int) -> bool:
-        return self.k_for(rows) > self.DENSE * self.units
+        return self.k_for(rows) == self.units
+
+    def together(self, x: Tensor, hidden: Tensor) -> Tensor:
+        score = self.scores(x, hidden)
+        rows = score.flatten(0, -2)
+        best = batch_score(rows).argsort(descending=True, stable=True)[: self.k_for(len(rows))]
+        keep = torch.zeros(self.units, dtype=torch.bool, device=score.device).index_fill_(0, best, True)
+        return keep.expand_as(score)
 
     def select(self, rows: Tensor) -> Selected:
         score = self._scores(self.heard(rows))

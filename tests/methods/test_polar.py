@@ -144,10 +144,11 @@ def test_a_batch_is_ranked_by_what_is_positive():
         assert index[: int(count)].tolist() == wanted
     single, count = router.select(score[1:])[2:]
     assert single[: int(count)].tolist() == [2]
-    assert [router.k_for(rows) for rows in (1, 2, 64)] == [1, 4, 4] and router.ks == [1, 4]
+    assert [router.k_for(rows) for rows in (1, 2, 64)] == [1, 4, 4]
     assert not router.idle(1) and not router.idle(2)
-    router.ks = [1, 5]
-    assert router.idle(2)
+    most = BatchRouter((torch.eye(6),), [2, 4, 5])
+    assert most.ks == [2, 4, 6] and not most.idle(2) and most.idle(4)  # 5 of 6 are more than 0.8
+    assert most.together(torch.randn(4, 6), torch.empty(0)).all()
 
 
 def test_neurons_are_left_out_of_relu_models_alone():
@@ -185,6 +186,11 @@ def test_the_kernels_choose_neurons_for_the_batch(device):
         keep = torch.zeros(128, dtype=torch.bool).index_fill_(0, index[: int(count)].long(), True)
         expected = ffn.down(ffn.hidden(rows).squeeze(-1) * keep)
         assert torch.allclose(ffn._skip(rows, ffn.selector), expected, atol=1e-5)
+        with handle.sparse():
+            handle.meter.steps = True  # a step's masks are those of its batch, a text's those of its tokens
+            assert torch.allclose(ffn(rows), expected, atol=1e-5)
+            handle.meter.steps = False
+            assert not torch.allclose(ffn(rows), expected, atol=1e-3)
 
 
 def test_what_is_charged():
