@@ -102,21 +102,37 @@ def densities(handle: SparseModel, shape: Shape, unions: bool = False) -> dict[t
 
 
 def site_table(handle: SparseModel) -> dict[str, dict[str, Any]]:
-    """Per site: mean density, 99th percentile over tokens and layers, and the mean of every layer."""
+    """Per site: mean density, 99th percentile over tokens and layers; of every layer units, mean, and 10th, 50th and
+    90th percentile over tokens; and the mean union of 1, 2, 4, ... sequences at one position, where it was counted."""
     import torch
+
+    def percentile(shares: Any, q: float) -> float:
+        ordered = shares.sort().values
+        return round(float(ordered[min(len(ordered) - 1, int(q * len(ordered)))]), 5)
 
     sites: dict[str, dict[str, Any]] = {}
     for site in dict.fromkeys(layer.site for layer in handle.layers()):
-        shares, means = [], []
+        shares, units, unions = [], [], []
         for layer in handle.layers():
             counts = handle.meter.counts.get((layer.site, layer.layer))
             if layer.site == site and counts:
                 shares.append(torch.cat(counts).double() / layer.units)
-                means.append(round(float(shares[-1].mean()), 5))
+                units.append(layer.units)
+                if (layer.site, layer.layer) in handle.meter.together:
+                    means = handle.meter.together[layer.site, layer.layer].means
+                    unions.append({n: float(torch.stack(found).mean()) / layer.units for n, found in means.items()})
         if shares:
             pooled = torch.cat(shares)
-            p99 = float(pooled.sort().values[min(len(pooled) - 1, int(0.99 * len(pooled)))])
-            sites[site] = {"mean": round(float(pooled.mean()), 5), "p99": round(p99, 5), "layers": means}
+            sites[site] = {
+                "mean": round(float(pooled.mean()), 5),
+                "p99": percentile(pooled, 0.99),
+                "layers": [round(float(share.mean()), 5) for share in shares],
+                "spread": [[percentile(share, q) for q in (0.1, 0.5, 0.9)] for share in shares],
+                "units": units,
+            }
+        if shares and unions:
+            numbers = sorted(set.intersection(*(set(found) for found in unions)))
+            sites[site]["unions"] = {str(n): round(sum(u[n] for u in unions) / len(unions), 5) for n in numbers}
     return sites
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from math import log
 from pathlib import Path
@@ -15,18 +16,27 @@ from .rows import Grid, Group, Row, grids
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vPX"
 FRONT = "#bbbbbb"
+DENSITY = "realised density of the blocks' linear weights"
 
 Value = Callable[[Row], "float | None"]
 
 
+def _megabytes(row: Row) -> float | None:
+    read = row.decode.get("bytes")
+    return None if read is None else read / 1e6
+
+
 @dataclass(frozen=True)
 class Panel:
-    """One value over the bytes read. `larger`: whether more of it is better; None where no front is drawn."""
+    """One value over the bytes read, or over another `x`. `larger`: whether more of it is better; None where no front
+    is drawn."""
 
     label: str
     value: Value
     larger: bool | None
     log: bool = False
+    x: Value = _megabytes
+    x_label: str = "MB read per decoded token"
 
 
 def _perplexity(row: Row) -> float | None:
@@ -41,11 +51,6 @@ def _average(row: Row) -> float | None:
 
 def _milliseconds(row: Row) -> float | None:
     return row.part("latency").get("median")
-
-
-def _megabytes(row: Row) -> float | None:
-    read = row.decode.get("bytes")
-    return None if read is None else read / 1e6
 
 
 def panels(group: Group) -> list[Panel]:
@@ -94,6 +99,35 @@ def shown(groups: Sequence[Group]) -> list[Figure]:
     return [figure for figure in FIGURES if figure.parts(groups)]
 
 
+def _with_curves(groups: Sequence[Group]) -> list[tuple[Group, list[Panel]]]:
+    """Quality over density, where two methods or controls have three densities each."""
+    found = []
+    for group in groups:
+        series = Counter((row.method, row.options) for row in group.rows if row.density is not None)
+        wanted = [replace(p, x=_density, x_label=DENSITY) for p in panels(group) if p.larger is not None]
+        if wanted and sum(n >= 3 for n in series.values()) >= 2:
+            found.append((group, wanted))
+    return found
+
+
+def _density(row: Row) -> float | None:
+    return 1.0 if row.is_baseline else row.density
+
+
+def _with_profiles(groups: Sequence[Group]) -> list[tuple[Group, list[Row]]]:
+    """Of each method and options the cell whose FFNs are nearest to half dense, if it says how its tokens differ."""
+    found = []
+    for group in groups:
+        rows: dict[tuple[str, str], Row] = {}
+        for row in group.rows:
+            if "spread" in row.ffn and row.ffn["mean"] < 1:
+                key = row.method, row.options
+                rows[key] = min(rows.get(key, row), row, key=lambda r: abs(r.ffn["mean"] - 0.5))
+        if rows:
+            found.append((group, list(rows.values())))
+    return found
+
+
 def _with_panels(groups: Sequence[Group]) -> list[tuple[Group, list[Panel]]]:
     return [(group, found) for group in groups if (found := panels(group))]
 
@@ -102,8 +136,7 @@ def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
     """One line of panels per table."""
     from matplotlib import pyplot as plt
 
-    methods = sorted({row.method for group, _ in parts for row in group.rows if not row.is_baseline})
-    styles = dict(zip(methods, zip(cycle(COLOURS), cycle(MARKERS), strict=False), strict=False))
+    styles = _styles({(row.method, row.options) for group, _ in parts for row in group.rows if not row.is_baseline})
     columns = max(len(found) for _, found in parts)
     size = (4.6 * columns + 0.4, 3.9 * len(parts))
     figure, axes = plt.subplots(len(parts), columns, figsize=size, squeeze=False, layout="constrained")
@@ -114,6 +147,47 @@ def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
             axis.set_visible(False)
         title = [part for text in (group.title, group.details) for part in wrap(text, 64 * columns)]
         line[0].set_title("\n".join(title), loc="left", fontsize=8.5)
+    return figure
+
+
+def _styles(series: set[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
+    """A colour and a marker for each method with its options; a second round of colours has other markers."""
+    n = len(COLOURS)
+    return {key: (COLOURS[i % n], MARKERS[(i + i // n) % len(MARKERS)]) for i, key in enumerate(sorted(series))}
+
+
+def _profiles(parts: list[tuple[Group, list[Row]]]) -> Any:
+    """Density layer by layer, most tokens within the shade; and what several tokens read together, if they were alike
+    in nothing (dotted) and as they are."""
+    from matplotlib import pyplot as plt
+
+    styles = _styles({(row.method, row.options) for _, rows in parts for row in rows})
+    size = (9.6, 3.9 * len(parts))
+    figure, axes = plt.subplots(len(parts), 2, figsize=size, squeeze=False, layout="constrained")
+    for (left, right), (group, rows) in zip(axes, parts, strict=True):
+        for row in rows:
+            (colour, marker), ffn = styles[row.method, row.options], row.ffn
+            layers = range(len(ffn["layers"]))
+            low, _, high = zip(*ffn["spread"], strict=True)
+            left.plot(layers, ffn["layers"], marker + "-", color=colour, markersize=4, linewidth=1.3, label=row.name)
+            left.fill_between(layers, low, high, color=colour, alpha=0.1, linewidth=0)
+            together = {int(n): share for n, share in ffn.get("unions", {}).items()}
+            if together:
+                right.plot(together.keys(), together.values(), marker + "-", color=colour, markersize=4, linewidth=1.3)
+                chance = [sum(1 - (1 - d) ** n for d in ffn["layers"]) / len(layers) for n in together]
+                right.plot(together.keys(), chance, ":", color=colour, linewidth=1)
+        left.set_xlabel("layer (shade: 10th to 90th percentile over tokens)")
+        left.set_ylabel("density of FFN")
+        right.set_xlabel("sequences decoded together (dotted: independent choices)")
+        right.set_ylabel("density of their union")
+        right.set_xscale("log", base=2)
+        right.set_xticks(ticks := sorted({int(n) for row in rows for n in row.ffn.get("unions", {})}), map(str, ticks))
+        for axis in (left, right):
+            axis.set_ylim(0, 1.02)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.grid(alpha=0.2, linewidth=0.5)
+        left.legend(fontsize=7, frameon=False)
+        left.set_title("\n".join(wrap(group.title, 100)), loc="left", fontsize=8.5)
     return figure
 
 
@@ -176,6 +250,8 @@ def _lines(found: list[Grid]) -> Any:
 
 FIGURES = (
     Figure("pareto.png", "Accuracy over bytes read per token", _with_panels, _pareto),
+    Figure("quality.png", "Accuracy over density, controls included", _with_curves, _pareto),
+    Figure("density.png", "Density by layer, and what sequences read together", _with_profiles, _profiles),
     Figure("grid.png", "Speed-up over batch and context", grids, _lines),
     Figure("breakdown.png", "Where the time of a decode step goes", _traced, _bars),
 )
@@ -190,19 +266,18 @@ def front(points: Sequence[tuple[float, float]], larger: bool) -> list[tuple[flo
     return best
 
 
-def _draw(axis: Any, group: Group, panel: Panel, styles: dict[str, tuple[str, str]]) -> None:
+def _draw(axis: Any, group: Group, panel: Panel, styles: dict[tuple[str, str], tuple[str, str]]) -> None:
     series: dict[tuple[str, str], list[tuple[float, float, Row]]] = {}
     for row in group.rows:
-        x, y = _megabytes(row), panel.value(row)
+        x, y = panel.x(row), panel.value(row)
         if x is not None and y is not None:
             series.setdefault((row.method, row.options), []).append((x, y, row))
     if panel.log:
         _log_axis(axis, [y for points in series.values() for _, y, _ in points])
     if panel.larger is not None:
-        points = [(x, y) for (method, _), found in series.items() if method != "null" for x, y, _ in found]
+        points = [(x, y) for found in series.values() for x, y, row in found if row.method != "null" if not row.control]
         edge = front(points, panel.larger)
         axis.step(*zip(*edge, strict=True), where="post", color=FRONT, linewidth=5, alpha=0.5, label="Pareto front")
-    drawn: set[str] = set()
     for (method, options), found in series.items():
         xs, ys = [x for x, _, _ in found], [y for _, y, _ in found]
         if method == "dense":
@@ -211,14 +286,14 @@ def _draw(axis: Any, group: Group, panel: Panel, styles: dict[str, tuple[str, st
         elif method == "null":
             axis.plot(xs, ys, "x", color="#777777", markersize=8, label="null", zorder=3)
         else:
-            (colour, marker), line = styles[method], ":" if method in drawn else "-"  # other options: dotted
-            drawn.add(method)
+            colour, marker = styles[method, options]
             label = f"{method} ({options})" if options else method
+            line = "--" if found[0][2].control else "-"
             axis.plot(xs, ys, marker + line, color=colour, markersize=5, linewidth=1.3, label=label, zorder=3)
             for x, y, row in found:
                 text = "" if row.target is None else f"{row.target:g}"
                 axis.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=7, color=colour)
-    axis.set_xlabel("MB read per decoded token")
+    axis.set_xlabel(panel.x_label)
     axis.set_ylabel(panel.label)
     axis.margins(x=0.12, y=0.14)
     axis.spines[["top", "right"]].set_visible(False)

@@ -65,6 +65,11 @@ class Row:
         return self.method in BASELINES
 
     @property
+    def control(self) -> str | None:
+        """Why the cell is no method: it looks at what it claims to skip."""
+        return (self.part("artifact").get("manifest") or {}).get("control")
+
+    @property
     def label(self) -> str:
         return self.method if self.target is None or self.is_baseline else f"{self.method} {self.target:g}"
 
@@ -114,6 +119,16 @@ class Row:
             if row.method != "dense" and dense and own:
                 runs.append((dense, own))
         return stats.repeated_speedup(runs) if len(runs) > 1 else stats.speedup(*runs[0]) if runs else None
+
+    @property
+    def density(self) -> float | None:
+        """Realised, of the linear weights in the blocks."""
+        return self.part("density").get("model")
+
+    @property
+    def ffn(self) -> dict[str, Any]:
+        """What is known of the density of the FFNs' units; empty where these are no site."""
+        return (self.part("density").get("sites") or {}).get("ffn") or {}
 
     @property
     def p99(self) -> float | None:

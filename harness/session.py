@@ -14,6 +14,7 @@ from methods.artifact import fingerprint
 from methods.base import Progress
 from methods.registry import create
 from methods.runtime import why_not
+from sparse_kernels.layers import Union
 
 from . import artifacts, checks, cost, fidelity, latency, models, prefill
 from .corpus import Corpus, load_corpus, token_windows
@@ -32,6 +33,7 @@ class Quality:
     items: dict[str, list[float]]
     accuracy: dict[str, Any]
     counts: dict[tuple[str, int], list[Tensor]]
+    together: dict[tuple[str, int], Union]
 
 
 class Session:
@@ -101,6 +103,7 @@ class Session:
         with sparsify(self.model, artifact, cell.mode) as handle:
             quality = self._quality_of(cell, handle)
             handle.meter.counts.update(quality.counts)
+            handle.meter.together.update(quality.together)
             timing: dict[str, Any] = {}
             if bench is not None:
                 paths = self._check_paths(handle, quality)
@@ -238,10 +241,10 @@ class Session:
             return self._quality[key]
         if self.synthetic:
             self._count_synthetic(handle)
-            quality = Quality(None, {}, {}, dict(handle.meter.counts))
+            quality = Quality(None, {}, {}, dict(handle.meter.counts), dict(handle.meter.together))
         else:
             block, items = self._fidelity(handle)
-            counts = dict(handle.meter.counts)
+            counted = dict(handle.meter.counts), dict(handle.meter.together)
             scores: dict[str, Any] = {}
             if cell.tasks:
                 from .accuracy import evaluate
@@ -259,7 +262,7 @@ class Session:
                     self.corpus,
                 )
                 items = {**items, **answers}
-            quality = Quality(block, items, scores, counts)
+            quality = Quality(block, items, scores, *counted)
         checks.reported_density(self.model, handle, self.windows[:4, :1].to(self.device))
         self._quality[key] = quality
         return quality
@@ -269,7 +272,7 @@ class Session:
         """Densities on text that the random model generated itself; nothing about it is an accuracy."""
         with handle.sparse():
             text = self._own_text(self.windows[-SYNTHETIC_TEXTS:])
-        with handle.sparse(), handle.meter.on():
+        with handle.positions(torch.ones_like(text, dtype=torch.bool)), handle.meter.on():
             self.model(input_ids=text, use_cache=False, logits_to_keep=1)
 
     @torch.inference_mode()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -74,10 +76,42 @@ def test_densities_and_percentiles_come_from_the_meter() -> None:
         tokens, union = cost.densities(handle, shape), cost.densities(handle, shape, unions=True)
         sites = cost.site_table(handle)
     assert tokens[0, "q"] == pytest.approx(0.505) and tokens[0, "v"] == 1.0 and union[0, "q"] == 1.0
-    assert sites["down"] == {"mean": 0.505, "p99": 1.0, "layers": [0.505, 0.505]}
+    assert sites["down"] == {
+        "mean": 0.505,
+        "p99": 1.0,
+        "layers": [0.505, 0.505],
+        "spread": [[0.5, 0.5, 0.5]] * 2,
+        "units": [128, 128],
+    }
     weights = {"q": 64 * 64, "down": 64 * 128}
     missing = 2 * 0.495 * sum(weights.values())
     assert cost.model_density(shape, tokens) == pytest.approx(1 - missing / shape.dense)
+
+
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_what_sequences_use_together(make: Any) -> None:
+    """Position by position over sequences, in order and across passes; dense positions do not count."""
+    model, ids, late = make(), windows(5), torch.arange(64) >= 40
+    artifact = next(iter(parse("d2dmoe:expert_size=8:steps=0:windows=16:epochs=1").prepare(model, data(), [0.4])))
+    keeps: list[torch.Tensor] = []
+    with sparsify(model, artifact) as handle:
+        handle.layers()[0].selector.register_forward_hook(lambda m, a, keep: keeps.append(keep.reshape(-1, 64, 16)))
+        with handle.meter.on():
+            for part in ids.split(3):
+                with handle.positions(late.expand(len(part), -1)):
+                    model(input_ids=part)
+        site = cost.site_table(handle)["ffn"]
+        means = handle.meter.together["ffn", 0].means
+    keep = torch.cat(keeps)[:, late].double()
+    assert means.keys() == {1, 2, 4} and site["units"] == [16, 16]
+    for n, found in means.items():
+        assert float(found[0]) == pytest.approx(float(keep[:n].amax(0).sum(-1).mean()))
+    assert 0.3 < site["unions"]["1"] < site["unions"]["2"] < site["unions"]["4"] < 1
+    low, middle, high = site["spread"][0]
+    assert low <= middle <= high and low < site["layers"][0] < high
+    assert middle == pytest.approx(
+        float(keep.sum(-1).flatten().sort().values[keep[..., 0].numel() // 2]) / 16, abs=1e-4
+    )
 
 
 def test_bytes_share_weights_over_the_batch_but_not_the_cache() -> None:

@@ -15,6 +15,31 @@ def page(records: list[dict[str, Any]]) -> str:
     return report.page(rows.group(store.latest(records)))
 
 
+def test_curves_and_profiles_are_drawn_where_records_have_them(tmp_path: Any) -> None:
+    ffn = {"mean": 0.5, "p99": 0.9, "layers": [0.4, 0.6], "spread": [[0.3, 0.4, 0.5]] * 2, "units": [16, 16]}
+    ffn["unions"] = {"1": 0.5, "2": 0.7}
+    for method, options in (("moefication", {}), ("moefication", {"selector": "oracle"}), ("lte", {})):
+        for density in (0.7, 0.5, 0.3):
+            found = record(method, density, options=options, key=f"{method}{options}{density}")
+            store.append(tmp_path, {**found, "density": {"model": density, "sites": {"ffn": ffn}, "union": None}})
+    store.append(tmp_path, record())
+    files = {path.name for path in report.build(tmp_path)}
+    assert {"quality.png", "density.png"} <= files
+    page = (tmp_path / "LEADERBOARD.md").read_text()
+    assert "](quality.png)" in page and "](density.png)" in page
+    groups = rows.group(store.load(tmp_path))
+    ((_, shown),) = plots._with_profiles(groups)
+    assert {(row.method, row.options) for row in shown} == {
+        ("lte", ""),
+        ("moefication", ""),
+        ("moefication", "selector=oracle"),
+    }
+    ((_, wanted),) = plots._with_curves(groups)
+    assert [panel.x(row) for panel in wanted[:1] for row in groups[0].rows if row.method == "lte"] == [0.7, 0.5, 0.3]
+    styles = plots._styles({(str(i), "") for i in range(20)})
+    assert len(set(styles.values())) == 20
+
+
 def test_page_has_units_machine_and_every_row() -> None:
     text = page(FULL)
     for expected in (
