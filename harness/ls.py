@@ -58,7 +58,7 @@ def models() -> list[Row]:
         found.append(
             {
                 "name": name,
-                "id": spec.hub_id or "embedded",
+                "id": spec.hub_id or ("embedded" if spec.path else "-"),
                 "parameters": spec.parameters,
                 "layout": spec.layout,
                 "activation": spec.activation,

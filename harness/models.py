@@ -91,7 +91,7 @@ def resolve(name: str) -> ModelSpec:
         architecture = _architecture(name)
         if architecture:
             return ModelSpec(
-                name, hub_id=_table()[name]["hub"], architecture=architecture,
+                name, hub_id=_table()[name].get("hub"), architecture=architecture,
                 **{"layout": architecture["model_type"], **entry},
             )  # fmt: skip
         return ModelSpec(name, kind="reference", path=HERE / _table()[name]["path"], **entry)
@@ -145,6 +145,7 @@ def config(spec: ModelSpec) -> Any:
     """The transformers config, without weights: from the alias table, the folder, or the hub. Raises UsageError."""
     from transformers import AutoConfig
 
+    _register(spec)
     if spec.architecture:
         fields = dict(spec.architecture)
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
@@ -152,7 +153,6 @@ def config(spec: ModelSpec) -> Any:
         _require_config(spec)
     else:
         _check_hub(spec, ("config.json",))
-    _register(spec)
     try:
         return AutoConfig.from_pretrained(spec.source, revision=spec.revision, trust_remote_code=False)
     except Exception as error:
@@ -324,7 +324,8 @@ def _check_hub(spec: ModelSpec, files: tuple[str, ...], weights: bool = False) -
     """Raises UsageError unless the files are in the local cache or the hub would hand them over."""
     from huggingface_hub import auth_check, constants, try_to_load_from_cache
 
-    assert spec.hub_id
+    if spec.hub_id is None:
+        raise UsageError(f"nobody has published weights of {spec.name}: {_advice(spec)}")
     cached = [try_to_load_from_cache(spec.hub_id, name, revision=spec.revision) for name in files]
     if all(isinstance(path, str) for path in cached):
         if not weights or weights_problem(Path(str(cached[0])).parent) is None:

@@ -54,16 +54,23 @@ def test_activations_and_layouts_of_the_table_match_the_architectures() -> None:
         spec = models.resolve(name)
         configuration = models.config(spec)
         assert spec.layout == configuration.model_type
-        if spec.layout != "gemma3n_text":  # no layout described: methods say so
-            assert activation_of(configuration) == spec.activation
+        assert activation_of(configuration) == spec.activation
 
 
 def test_aliases_are_sane() -> None:
     for name in models.aliases():
         spec = models.resolve(name)
-        assert spec.name == name and (spec.path is None) != (spec.hub_id is None)
+        assert spec.name == name and (spec.path is None) == bool(spec.hub_id or spec.architecture)
         assert spec.revision is None or len(spec.revision) == 40
         assert spec.gated or spec.mirror is None
+
+
+def test_an_architecture_without_weights_can_be_drawn_only() -> None:
+    spec = models.resolve("spark-2b")
+    assert spec.layout == "spark_llama"
+    models.check(spec, "synthetic")
+    with pytest.raises(UsageError, match="nobody has published weights of spark-2b: use --weights synthetic"):
+        models.check(spec)
 
 
 def test_resolve(folder: Path) -> None:
