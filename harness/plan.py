@@ -162,7 +162,7 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
                         device=device,
                         dtype=dtype,
                         timed=not args.no_latency,
-                        not_applicable=_why_not(method, config, mode, batch),
+                        not_applicable=_why_not(method, config, density, mode, batch),
                     )
                 )
     if len(asked) == 1:
@@ -295,7 +295,7 @@ def _method_densities(method: Method, asked: Sequence[float] | None) -> Sequence
     return own if asked is None or method.name in BASELINES or own == (None,) else asked
 
 
-def _why_not(method: Method, config: Any, mode: str, batch: int) -> str | None:
+def _why_not(method: Method, config: Any, density: float | None, mode: str, batch: int) -> str | None:
     from methods.families import layout_of
 
     kind = "last" if mode.startswith("last-") else mode
@@ -309,7 +309,7 @@ def _why_not(method: Method, config: Any, mode: str, batch: int) -> str | None:
         layout_of(config)
     except UsageError as error:
         return str(error)
-    return method.why_not(config)
+    return method.why_not(config) or (None if density is None else method.unreachable(config, density))
 
 
 def _contexts(model: str, config: Any, asked: Sequence[int] | None) -> Sequence[int]:

@@ -81,6 +81,10 @@ class Method:
         """One sentence when the method cannot serve a model with this transformers config, else None."""
         return None
 
+    def unreachable(self, config: Any, density: float) -> str | None:
+        """One sentence when a model with this config cannot have this density, else None."""
+        return None
+
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:

@@ -104,6 +104,13 @@ class Dejavu(Method):
 
         return why_no_heads(self.name, config) or why_no_experts(self.name, config, 1)
 
+    def unreachable(self, config: Any, density: float) -> str | None:
+        from .families import heads_of, no_groups
+
+        if "heads" not in self._parts():
+            return None
+        return no_groups(self.name, density, heads_of(config)[1])
+
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:
@@ -245,8 +252,7 @@ class _Plan:
     """What one density takes: predictors, and how many units run in each block."""
 
     def __init__(self, method: Dejavu, model: PreTrainedModel, density: float) -> None:
-        from .families import heads_of, neurons_of
-        from .shared.heads import groups_for
+        from .families import groups_for, heads_of, neurons_of
         from .shared.routers import experts_for
 
         self.method, self.density, self.blocks = method, density, model.config.num_hidden_layers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -181,6 +182,27 @@ def why_no_heads(method: str, config: Any) -> str | None:
     if groups == 1:
         return f"{method} needs more than one KV group to choose from, this model has one for its {heads} heads."
     return None
+
+
+def groups_for(method: str, density: float, groups: int) -> int:
+    """The published int(density x groups). Raises UsageError where that leaves none."""
+    if reason := no_groups(method, density, groups):
+        raise UsageError(reason)
+    return min(_share(density, groups), groups)
+
+
+def no_groups(method: str, density: float, groups: int) -> str | None:
+    """One sentence where this share of the groups is none, else None."""
+    if _share(density, groups):
+        return None
+    return (
+        f"{method} cannot reach density {density:g} with {groups} KV groups, of which at least one runs: "
+        f"choose --density {math.ceil(100 / groups) / 100:g} or more."
+    )
+
+
+def _share(density: float, groups: int) -> int:
+    return math.floor(density * groups + 1e-9)  # 0.7 x 10 is 6.999...
 
 
 def why_no_experts(method: str, config: Any, size: int) -> str | None:

@@ -97,11 +97,15 @@ class Polar(Method):
             return f"polar:ffn=sparse needs a model with ReLU, this one has {activation_of(config)}: choose ffn=auto."
         return None
 
+    def unreachable(self, config: Any, density: float) -> str | None:
+        from .families import heads_of, no_groups
+
+        return no_groups(self.name, density, heads_of(config)[1])
+
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:
-        from .families import heads_of
-        from .shared.heads import groups_for
+        from .families import groups_for, heads_of
         from .shared.predictors import activations, manifest_of
 
         if reason := self.why_not(model.config):
@@ -140,8 +144,7 @@ class Polar(Method):
 
         from sparse_kernels.selectors import BatchRouter
 
-        from .families import blocks, heads_of
-        from .shared.heads import groups_for
+        from .families import blocks, groups_for, heads_of
         from .shared.predictors import stored
 
         tensors: dict[str, Tensor] = {}
@@ -237,8 +240,8 @@ class Polar(Method):
         self, model: PreTrainedModel, data: Data, found: Activations, density: float, k: int, progress: Progress
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Labels: the heads, a share `density` of them, with the largest norms."""
-        from .families import heads_of
-        from .shared.heads import group_norms, groups_for, largest
+        from .families import groups_for, heads_of
+        from .shared.heads import group_norms, largest
         from .shared.predictors import fit, judge, stored
         from .shared.student import checkpoint_file
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 from torch import Tensor
@@ -11,19 +10,7 @@ from sparse_kernels.heads import SelectiveHeads
 from sparse_kernels.selectors import Selector
 
 from ..base import Attachment
-from ..errors import UsageError
 from ..families import blocks, heads_of
-
-
-def groups_for(method: str, density: float, groups: int) -> int:
-    """The published int(density x groups). Raises UsageError where that leaves none."""
-    k = math.floor(density * groups + 1e-9)  # 0.7 x 10 is 6.999...
-    if k < 1:
-        raise UsageError(
-            f"{method} cannot reach density {density:g} with {groups} KV groups, of which at least one runs: "
-            f"choose --density {math.ceil(100 / groups) / 100:g} or more."
-        )
-    return min(k, groups)
 
 
 def head_norms(outputs: Tensor, heads: int) -> Tensor:

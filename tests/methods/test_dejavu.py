@@ -227,6 +227,8 @@ def test_bad_options_are_one_sentence():
     ):
         with pytest.raises(UsageError, match=sentence):
             parse(spec)
+    assert create("dejavu", {"parts": "ffn"}).unreachable(opt().config, 0.1) is None
+    assert "4 KV groups" in create("dejavu", {}).unreachable(opt().config, 0.1)
     with pytest.raises(UsageError, match="cannot reach density 0.1 with 4 KV groups"):
         next(iter(parse(QUICK).prepare(opt(), data(), [0.1])))
     with pytest.raises(UsageError, match="at least 500 tokens"):

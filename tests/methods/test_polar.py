@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from harness import cost
 from methods import UsageError, sparsify
+from methods.families import groups_for
 from methods.registry import create, parse
 from methods.runtime import runtime
-from methods.shared.heads import group_norms, groups_for, head_norms
+from methods.shared.heads import group_norms, head_norms
 from methods.shared.predictors import Judgement, equal_recall, weighted_loss
 from sparse_kernels.selectors import BatchRouter
 from tests.methods.models import MODELS, data, llama, opt, windows
@@ -249,6 +250,8 @@ def test_what_cannot_be_served_is_one_sentence():
         for name, value in changes.items():
             setattr(changed, name, value)
         assert sentence in method.why_not(changed)
+    assert method.unreachable(llama().config, 0.5) is None
+    assert "choose --density 0.5 or more" in method.unreachable(llama().config, 0.49)
     with pytest.raises(UsageError, match="add --density"):
         method.synthesize(llama(), None, windows(1))
     with pytest.raises(UsageError, match="did you mean groups"):
