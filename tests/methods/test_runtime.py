@@ -103,9 +103,10 @@ def test_selections_are_those_of_the_method(kind, name):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_expert_layers_keep_their_own_path(kind):
+@pytest.mark.parametrize("name", ["lte", "spark"])
+def test_ffn_layers_keep_their_own_path(kind, name):
     model, prompt = MODELS[kind](), windows(2, 9)
-    artifact = create("lte", {}).synthesize(model, 0.5, windows(2, 32))
+    artifact = create(name, {}).synthesize(model, 0.5, windows(2, 32))
     with sparsify(model, artifact) as handle:
         wanted, _ = decode(model, prompt, 6, handle)
         with runtime(model, handle):
