@@ -41,6 +41,7 @@ HIDDEN = (10.0, 0.1)  # ms, and share of a block's time, that may pass between i
 WARM_STEPS = 4
 GPU_STEPS = 32  # timed steps per block
 CPU_STEPS = 6
+ROOM = WARM_STEPS + max(GPU_STEPS, CPU_STEPS) + 4  # of the cache, for steps
 
 
 class Decoder:
@@ -71,6 +72,8 @@ class Decoder:
         for layer in layers:
             if hasattr(layer, "cumulative_length"):  # not where keys and values are those of an earlier layer
                 layer.cumulative_length.fill_(self.prompt.shape[1])
+            if hasattr(layer, "cumulative_length_int"):  # sliding layers count on the host too
+                layer.cumulative_length_int = self.prompt.shape[1]
 
     def step(self, forward: Callable[..., Any]) -> None:
         logits = forward(input_ids=self.token, position_ids=self.position, use_cache=True, **self.extra).logits
@@ -270,7 +273,7 @@ class Bench:
             return [self._eager(f"{prefix} cpu", handle)]
         made = [self._eager("dense eager")] if prefix == "dense" else []
         kinds = ["graph", "compiled"] if prefix == "dense" else []
-        reason = why_not(self.model)
+        reason = why_not(self.model, self.prompt.shape[1] + ROOM)
         kinds = [*kinds, "runtime"] if reason is None else ["graph", "compiled"]
         if reason and reason not in self.notes:
             self.notes.append(reason)
@@ -305,7 +308,7 @@ class Bench:
     def _decoder(self, handle: SparseModel | None) -> Decoder:
         """With the prompt as the mode has it, whatever its decode steps will be."""
         with handle.positions(handle.mask(*self._shape, self.device)) if handle else nullcontext():
-            return Decoder(self.model, self.prompt, WARM_STEPS + max(GPU_STEPS, CPU_STEPS) + 4)
+            return Decoder(self.model, self.prompt, ROOM)
 
     def _eager(self, name: str, handle: SparseModel | None = None) -> Runner:
         decoder = self._decoder(handle)

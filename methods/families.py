@@ -24,7 +24,9 @@ class Layout:
     linears: dict[str, str]
     ffn: tuple[str, ...]
     activation: str  # the config attribute that names the activation
-    norms: tuple[str, str] | None = None  # before attention and before the FFN, where these are a block's only norms
+    norms: tuple[str, str] | None = None  # before attention and before the FFN; None where the runtime has no block
+    after: tuple[str, str] | None = None  # norms of what attention and the FFN add to the residual stream
+    gemma_norms: bool = False  # norms multiply by 1 + weight
     scaled_query: bool = False  # the query is scaled, and rounded, before it meets the keys
     decode_mask: bool = False  # a decode step needs an explicit attention mask to stay free of host reads
     own_selection: bool = False  # the FFN selects its neurons itself: no FFN of another form can stand in for it
@@ -46,11 +48,15 @@ GATED = Layout(
     norms=("input_layernorm", "post_attention_layernorm"),
 )
 
-# Gemma's norms multiply by 1 + weight, and some of its blocks have four.
-GEMMA = replace(GATED, norms=None)
+GEMMA = replace(GATED, gemma_norms=True)
+GEMMA2 = replace(
+    GEMMA,
+    norms=("input_layernorm", "pre_feedforward_layernorm"),
+    after=("post_attention_layernorm", "post_feedforward_layernorm"),
+)
 
 # Statistical top-k in some or all of its FFNs, of which methods/spark.py knows more.
-GEMMA3N = replace(GEMMA, activation="hidden_activation", own_selection=True)
+GEMMA3N = replace(GEMMA, norms=None, activation="hidden_activation", own_selection=True)
 SPARK = replace(GATED, norms=None, own_selection=True)
 
 OPT = Layout(
@@ -76,8 +82,8 @@ LAYOUTS: dict[str, Layout] = {
     "qwen2": GATED,
     "qwen3": GATED,
     "gemma": GEMMA,
-    "gemma2": GEMMA,
-    "gemma3_text": GEMMA,
+    "gemma2": GEMMA2,
+    "gemma3_text": replace(GEMMA, norms=None),
     "gemma3n_text": GEMMA3N,
     "gemma3n": replace(GEMMA3N, layers="model.language_model.layers"),
     "spark_llama": SPARK,
@@ -168,7 +174,8 @@ def neurons_of(config: Any) -> int:
 
 def why_no_heads(method: str, config: Any) -> str | None:
     """One sentence when attention heads of a model with this config cannot be left out one group at a time."""
-    if layout_of(config).norms is None or getattr(config, "do_layer_norm_before", True) is False:
+    layout = layout_of(config)
+    if layout.norms is None or layout.after or getattr(config, "do_layer_norm_before", True) is False:
         return (
             f"{method} needs blocks with one norm before attention and one before the FFN, which {config.model_type} "
             "has not: choose a Llama, Mistral, Qwen or OPT model."

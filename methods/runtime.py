@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from .base import SparseModel
 
-NORMS = {"rms": "variance_epsilon", "layer": "eps"}
+NORMS = {"rms": "variance_epsilon", "gemma": "eps", "layer": "eps"}
 DENSE = -1.0  # no magnitude is below it
 
 
@@ -90,8 +90,8 @@ class Projection:
 class Norm:
     """A norm module as the operators take it."""
 
-    def __init__(self, module: Any) -> None:
-        self.kind = "layer" if isinstance(module, nn.LayerNorm) else "rms"
+    def __init__(self, module: Any, gemma: bool) -> None:
+        self.kind = "layer" if isinstance(module, nn.LayerNorm) else "gemma" if gemma else "rms"
         self.weight, self.bias = module.weight, getattr(module, "bias", None)
         self.eps = float(getattr(module, NORMS[self.kind]))
 
@@ -128,10 +128,13 @@ class FastBlock:
         self.o = Projection([output], share)
         self.heads = output if isinstance(output, SelectiveHeads) else None
         assert layout.norms is not None  # `why_not` has seen to it
-        self.first, self.second = (Norm(find(path)) for path in layout.norms)
+        norms = [Norm(find(path), layout.gemma_norms) for path in (*layout.norms, *(layout.after or ()))]
+        self.first, self.second, *self.after = norms
         self.dim: int = attention.head_dim
         self.scale: float = attention.scaling
         self.scaled_query = layout.scaled_query
+        self.softcap: float | None = getattr(attention, "attn_logit_softcapping", None)
+        self.window = window_of(model.config) or 0
         self.query_norm = getattr(getattr(attention, "q_norm", None), "weight", None)
         self.key_norm = getattr(getattr(attention, "k_norm", None), "weight", None)
         self.head_eps = float(getattr(getattr(attention, "q_norm", None), "variance_epsilon", 1e-6))
@@ -155,11 +158,16 @@ class FastBlock:
             projection.restore()
 
     def serves(self, hidden: Tensor, cache: Any) -> bool:
-        """One token per sequence, a static cache with something in it, every position sparse, nobody counting."""
+        """One token per sequence, a static cache with something in it, every position sparse, nobody counting.
+
+        A cache shorter than its sliding window never slides. All blocks serve a step or none: they count it together.
+        """
         if hidden.shape[1] != 1 or hidden.shape[0] > FAST_ROWS or not hasattr(cache, "layers"):
             return False
         layer = cache.layers[self.index]
-        if getattr(layer, "is_sliding", True) or not isinstance(getattr(layer, "cumulative_length", None), Tensor):
+        if not isinstance(getattr(layer, "cumulative_length", None), Tensor):
+            return False
+        if any(getattr(entry, "is_sliding", True) and entry.max_cache_len >= self.window for entry in cache.layers):
             return False
         return layer.is_initialized and (self.phase is None or self.phase())
 
@@ -192,25 +200,35 @@ class FastBlock:
         # A query that the model scales itself is rounded before the product with the keys.
         q, scale = (q * self.scale, 1.0) if self.scaled_query else (q, self.scale)
         lists = None if self.heads is None else self.heads.lists(batch)
-        mixed = attention_decode(q, layer.keys, layer.values, step.lengths, lists, scale).view(batch, -1)
+        mixed = attention_decode(q, layer.keys, layer.values, step.lengths, lists, scale, softcap=self.softcap)
+        mixed = mixed.view(batch, -1)
         if self.heads is not None and lists is None:
             mixed = self.heads.kept(mixed)
 
-        if self.ffn is None:
+        if self.ffn is None and not self.after:
             h, stats = self.o(mixed, residual=h, with_stats=True)
             self._tell("mlp_in", h)
             x, _ = self.up(h, partial=self.up.bias is None, **self.second.options(stats))
             h, stats = self.down(x, activation=self.activation, gated=self.gated, residual=h, with_stats=True)
         else:
             mixed, _ = self.o(mixed)
+            mixed = self.after[0](mixed) if self.after else mixed
             h, x = residual_norm(mixed, h, self.second.weight, self.second.bias, self.second.eps, self.second.kind)
             self._tell("mlp_in", h)
-            h = h + self.ffn(x[:, None])[:, 0]
+            y = self._feed(x)
+            h = h + (self.after[1](y) if self.after else y)
             stats = row_stats(h)
         if self.last:
             torch._foreach_add_([entry.cumulative_length for entry in cache.layers], 1)
         step.hidden, step.stats = h[:, None], stats
         return step.hidden
+
+    def _feed(self, x: Tensor) -> Tensor:
+        """The FFN of the normed x [B, d], without the residual."""
+        if self.ffn is not None:
+            return self.ffn(x[:, None])[:, 0]
+        x, _ = self.up(x, partial=self.up.bias is None)
+        return self.down(x, activation=self.activation, gated=self.gated)[0]
 
     def _tell(self, place: str, value: Tensor) -> None:
         """Leaves a hidden state where somebody listens; the block's own input comes through its hook."""
@@ -218,9 +236,17 @@ class FastBlock:
             self.taps[place].value = value
 
 
-def why_not(model: PreTrainedModel) -> str | None:
-    """One sentence when the runtime has no block for this model, else None."""
-    layout = layout_of(model.config)
+def window_of(config: Any) -> int | None:
+    """How many positions some layers see at most; None where all see all."""
+    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+    return window if window and (kinds is None or "sliding_attention" in kinds) else None
+
+
+def why_not(model: PreTrainedModel, length: int = 0) -> str | None:
+    """One sentence when the runtime has no block for this model, or for caches of `length` positions; else None."""
+    layout, window = layout_of(model.config), window_of(model.config)
+    if window and length >= window:
+        return f"the decode runtime cannot slide: the model's window is {window}, the cache holds {length} positions."
     if layout.norms is None:
         return f"the decode runtime has no block for architecture '{model.config.model_type}' yet."
     if getattr(model.config, "do_layer_norm_before", True) is False:

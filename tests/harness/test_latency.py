@@ -12,7 +12,7 @@ import torch
 from harness import latency, machine, prefill
 from methods import SparseModel, sparsify
 from methods.registry import parse
-from tests.methods.models import data, llama, opt, windows
+from tests.methods.models import data, gemma2, llama, opt, windows
 
 
 def step() -> dict[str, Any]:
@@ -31,7 +31,7 @@ def attached(model: Any, spec: str = "teal:allocation=uniform", mode: str = "dec
         yield handle
 
 
-@pytest.mark.parametrize("make", [llama, opt])
+@pytest.mark.parametrize("make", [llama, opt, gemma2])
 def test_the_static_decode_step_is_greedy_decoding_and_rewinds(make: object) -> None:
     from harness.fidelity import greedy
 

@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedModel
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedModel,
+)
 
 from methods.base import Data
 
@@ -83,6 +91,19 @@ def gemma3n() -> PreTrainedModel:
         initializer_range=0.1,
     )
     return Gemma3nForCausalLM(config).eval().requires_grad_(False)
+
+
+def gemma2(**changes: object) -> PreTrainedModel:
+    """Four norms a block, capped attention scores, and a sliding window in every other layer."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=32)
+    sizes |= dict(num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=256, initializer_range=0.1)
+    caps = dict(attn_logit_softcapping=2.0, query_pre_attn_scalar=8)
+    model = Gemma2ForCausalLM(Gemma2Config(**sizes | caps | changes))  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # zero by default: all norms would be alike
+            torch.nn.init.uniform_(parameter, -0.5, 0.5)
+    return model.eval().requires_grad_(False)
 
 
 MODELS = {"llama": llama, "opt": opt}

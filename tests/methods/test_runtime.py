@@ -4,8 +4,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from models import MODELS, data, llama, windows
+from models import MODELS, data, gemma2, llama, windows
 from transformers import (
+    GemmaConfig,
+    GemmaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     Qwen2Config,
@@ -29,6 +31,14 @@ def other(kind):
     torch.manual_seed(0)
     if kind == "mistral":
         return MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)).eval()
+    if kind == "gemma2":
+        return gemma2()
+    if kind == "gemma":
+        model = GemmaForCausalLM(GemmaConfig(**SMALL, head_dim=32))
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                torch.nn.init.uniform_(parameter, -0.5, 0.5)
+        return model.eval()
     if kind == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**SMALL))
     else:
@@ -70,7 +80,7 @@ def decode(model, prompt, steps, handle=None):
         FastBlock.serves = forward
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "opt", "mistral", "qwen2", "qwen3", "gemma", "gemma2"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_dense_steps_are_those_of_transformers(kind, batch):
     model = MODELS[kind]() if kind in MODELS else other(kind)
@@ -100,6 +110,39 @@ def test_selections_are_those_of_the_method(kind, name):
         units = [layer.units for layer in handle.layers()]
     assert read == units if name == "null" else 0 < sum(read) < sum(units)
     assert name == "null" or not torch.allclose(found, decode(model, prompt, 6)[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["teal", "lte", "null"])
+def test_selections_in_blocks_of_four_norms(name):
+    model, prompt = gemma2(), windows(2, 9)
+    artifact = create(name, {}).synthesize(model, 0.5, windows(2, 32))
+    with sparsify(model, artifact) as handle:
+        wanted, _ = decode(model, prompt, 6, handle)
+        with runtime(model, handle):
+            found, served = decode(model, prompt, 6, handle)
+    assert served == 5 * 2 and torch.allclose(found, wanted, atol=2e-4)
+    assert name == "null" or not torch.allclose(found, decode(model, prompt, 6)[0], atol=1e-2)
+
+
+def test_capped_scores_are_capped():
+    model, prompt = gemma2(), windows(1, 9)
+    wanted, _ = decode(model, prompt, 6)
+    with runtime(model) as blocks:
+        for block in blocks:
+            block.softcap = None
+        found, _ = decode(model, prompt, 6)
+    assert not torch.allclose(found, wanted, atol=2e-3)
+
+
+def test_a_cache_that_slides_goes_the_slow_way_and_says_why():
+    model, prompt = gemma2(sliding_window=12), windows(1, 9)
+    assert why_not(model) is None and why_not(model, 11) is None
+    assert "window is 12, the cache holds 12 positions" in why_not(model, 12)
+    wanted, _ = decode(model, prompt, 3)  # a cache of 12 positions
+    with runtime(model):
+        found, served = decode(model, prompt, 3)
+        assert served == 0 and torch.equal(found, wanted)
+        assert decode(model, prompt, 2)[1] == 2  # one step, two blocks
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -155,7 +198,7 @@ def test_generate_is_the_same_text():
 
 def test_unknown_blocks_are_refused():
     model = llama()
-    model.config.model_type = "gemma2"
-    assert "gemma2" in why_not(model)
+    model.config.model_type = "gemma3_text"
+    assert "gemma3_text" in why_not(model)
     with pytest.raises(UsageError, match="no block for architecture"), runtime(model):
         pass
