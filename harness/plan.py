@@ -27,8 +27,8 @@ LIMIT, QUICK_LIMIT = 200, 40
 MAX_BATCH = 64  # rows that the shared kernels take
 # How results are shown does not change what was measured.
 PRESENTATION = frozenset(
-    "__main__.py cli.py ls.py report.py board.py claims.py claims.toml webpage.py compare.py rows.py tables.py "
-    "plots.py progress.py".split()
+    "__main__.py cli.py ls.py report.py board.py claims.py claims.toml orderings.py orderings.toml webpage.py "
+    "compare.py rows.py tables.py plots.py progress.py".split()
 )
 
 T = TypeVar("T")

@@ -11,7 +11,7 @@ from typing import Any
 
 from methods.errors import UsageError
 
-from . import board, claims, machine, store
+from . import board, claims, machine, orderings, store
 from .rows import BUDGETS, Group, doubts_of, grids, group
 from .store import Record
 from .tables import (
@@ -163,6 +163,7 @@ def page(groups: Sequence[Group]) -> str:
         parts += [f"## Speed-up by batch and context: {grid.title}", grid_table(grid)]
     for found in groups:
         parts += _section(found) if found.rows else []
+    parts += orderings.sections(groups)
     parts += _left_out(groups)
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 

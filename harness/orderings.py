@@ -1,0 +1,148 @@
+"""Whether the papers' orderings (`orderings.toml`) are seen in a result set, from pairs of its cells."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from . import stats
+from .rows import Group, Row
+from .tables import NONE, github
+
+DATA = Path(__file__).with_name("orderings.toml")
+MORE, LESS = 0.02, 0.08  # by which shares the better cell may have more, or less, of what should be equal
+# Options that say how a cell reaches its density, or when to stop trying: they may differ within a pair.
+SEARCH = frozenset(("tolerance", "trials", "scope", "eta"))
+
+HOW_TO_READ = f"""\
+Pairs of cells of one table, the first not more than {100 * MORE:g} % above and not more than {100 * LESS:g} % below the
+second in what the ordering holds equal (realised density of the FFNs, or executed FLOPs of a token). Difference of the
+mean negative log-likelihood, nats/token, paired over windows, with its 95 % interval; below zero the ordering holds.
+**seen**: the whole interval is below zero in every pair; **not seen**: it is not, in at least one; **not measured**:
+there is no such pair."""
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """An entry of `orderings.toml`, which says what each field means."""
+
+    ordering: str
+    source: str
+    better: Mapping[str, Any]
+    worse: Mapping[str, Any]
+    equal: str
+
+    def amount(self, row: Row) -> float | None:
+        """What the cells of a pair should have equally much of."""
+        return row.ffn.get("mean") if self.equal == "density" else row.decode.get("flops")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two cells that an ordering can be told from."""
+
+    better: Row
+    worse: Row
+
+    @cached_property
+    def difference(self) -> stats.Interval:
+        """Mean negative log-likelihood, the better cell's minus the worse one's [nats/token], paired over windows."""
+        one, other = self.better.part("items"), self.worse.part("items")
+        return stats.difference(one["nll"], other["nll"], one["tokens"])
+
+    @property
+    def seen(self) -> bool:
+        return self.difference.high < 0
+
+
+def load(path: Path = DATA) -> list[Ordering]:
+    return [Ordering(**entry) for entry in tomllib.loads(path.read_text(encoding="utf-8"))["ordering"]]
+
+
+def pairs(ordering: Ordering, rows: Sequence[Row]) -> list[Pair]:
+    """Each cell that should be better, with the worse one that is nearest in what should be equal, if one is near."""
+    found = []
+    for row in rows:
+        amount = ordering.amount(row)
+        if amount is None or not _is(row, ordering.better):
+            continue
+        others = [
+            (abs(other_amount - amount), other)
+            for other in rows
+            if _is(other, ordering.worse)
+            and _alike(row, other, ordering)
+            and (other_amount := ordering.amount(other)) is not None
+            and amount / (1 + MORE) <= other_amount <= amount / (1 - LESS)
+        ]
+        if others:
+            found.append(Pair(row, min(others, key=lambda pair: pair[0])[1]))
+    return found
+
+
+def sections(groups: Sequence[Group]) -> list[str]:
+    """Markdown: a table per model and mode with at least one pair; nothing if there is none."""
+    orderings, parts, done = load(), [], set()
+    for group in groups:
+        # Quality does not depend on batch and context: the first of these tables stands for all.
+        setting = {name: value for name, value in group.setting.items() if name not in ("batch", "context")}
+        key = json.dumps([group.machine.get("identity"), setting], sort_keys=True)
+        measured = [] if key in done or group.synthetic else [(o, pairs(o, group.rows)) for o in orderings]
+        done.add(key)
+        if any(found for _, found in measured):
+            titles = [
+                "better, says the paper",
+                "source",
+                "at equal",
+                "Δ nats/token [95 %] at target density",
+                "verdict",
+            ]
+            s = group.setting
+            parts += [f"### {s['model']}, {s['mode']}", github(titles, [_line(o, found) for o, found in measured])]
+    return ["## The papers' orderings", HOW_TO_READ, *parts] if parts else []
+
+
+def _line(ordering: Ordering, found: list[Pair]) -> list[str]:
+    texts = []
+    for pair in found:
+        d = pair.difference
+        texts.append(f"{_name(pair, ordering)}: {d.estimate:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
+    seen = sum(pair.seen for pair in found)
+    verdict = "not measured" if not found else "seen" if seen == len(found) else "not seen"
+    counts = f" ({seen} of {len(found)})" if found else ""
+    return [ordering.ordering, ordering.source, ordering.equal, "; ".join(texts) or NONE, f"**{verdict}**{counts}"]
+
+
+def _name(pair: Pair, ordering: Ordering) -> str:
+    """The target density, and what somebody set beside the options that the ordering is about."""
+    given = {**pair.worse.record["cell"]["options"], **pair.better.record["cell"]["options"]}
+    texts = [f"{name}={value}" for name, value in given.items() if name not in {*ordering.better, *ordering.worse}]
+    return f"{pair.better.target:g}" + (f" ({', '.join(texts)})" if texts else "")
+
+
+def _options(row: Row) -> dict[str, Any]:
+    """All of them, defaults included."""
+    return row.part("artifact").get("options") or row.record["cell"]["options"]
+
+
+def _is(row: Row, wanted: Mapping[str, Any]) -> bool:
+    """Whether this is a cell of the wanted kind that has scores and a target density to be named by."""
+    options = {"method": row.method, **_options(row)}
+    scored = row.target is not None and bool(row.part("items").get("nll"))
+    return scored and all(options.get(name) == value for name, value in wanted.items())
+
+
+def _alike(one: Row, other: Row, ordering: Ordering) -> bool:
+    """Evaluated on the same windows; of two cells of one method, no option differs that the ordering does not name.
+
+    Of two methods, the size of experts alone.
+    """
+    a, b = _options(one), _options(other)
+    free = SEARCH | set(ordering.better) | set(ordering.worse)
+    names = (set(a) | set(b)) - free if one.method == other.method else {"expert_size"}
+    same_text = one.part("items").get("tokens") == other.part("items").get("tokens")
+    return same_text and all(a.get(name) == b.get(name) for name in names)

@@ -1,0 +1,105 @@
+"""The papers' orderings from fabricated records."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from harness import orderings, report, rows, store
+from harness.orderings import Ordering, pairs
+from methods.registry import info
+from tests.harness.fabricated import record, synthetic
+
+RULE = Ordering(
+    "dynamic beats fixed",
+    "a paper",
+    {"method": "d2dmoe", "rule": "dynamic"},
+    {"method": "d2dmoe", "rule": "top-k"},
+    "FLOPs",
+)
+
+
+def cell(method: str, density: float, shift: float = 0.0, flops: float = 1.0, **options: Any) -> dict[str, Any]:
+    """A record whose windows are `shift` nats worse than another's, give or take a little of its own."""
+    found = record(method, density, options=options, key=f"{method}{density}{options}")
+    base = record()["items"]
+    noise = [0.002 * ((7 * i) % 5 - 2) for i in range(len(base["nll"]))]
+    found["items"] = {**base, "nll": [v + shift + n for v, n in zip(base["nll"], noise, strict=True)]}
+    found["artifact"] = {"options": {**asdict(info(method).Options()), **options}, "manifest": {}}
+    found["density"] = {"model": density, "union": None, "sites": {"ffn": {"mean": density, "p99": 1.0}}}
+    found["cost"]["decode"]["flops"] *= flops
+    return found
+
+
+def measured(*records: dict[str, Any]) -> list[rows.Row]:
+    (group,) = rows.group(store.latest([record(), *records]))
+    return group.rows
+
+
+def text(*records: dict[str, Any]) -> str:
+    return report.page(rows.group(store.latest([record(), *records])))
+
+
+def line(page: str, ordering: str) -> str:
+    return next(line for line in page.splitlines() if line.startswith(f"| {ordering}"))
+
+
+def test_the_entries_name_methods_and_options_that_exist() -> None:
+    found = orderings.load()
+    assert len(found) == len({entry.ordering for entry in found}) >= 8
+    for entry in found:
+        assert entry.equal in ("density", "FLOPs")
+        for side in (entry.better, entry.worse):
+            options = asdict(info(side["method"]).Options())
+            for name, value in side.items():
+                assert name == "method" or type(options[name]) is type(value)
+    defaults = asdict(info("d2dmoe").Options())
+    assert any(entry.better.get("weight") == defaults["weight"] for entry in found)
+
+
+@pytest.mark.parametrize("shift, verdict", [(0.2, "**seen** (1 of 1)"), (0.0, "**not seen** (0 of 1)")])
+def test_verdicts(shift: float, verdict: str) -> None:
+    page = text(cell("moefication", 0.5), cell("moefication", 0.5, shift, selector="similarity"))
+    found = line(page, "a learned router")
+    assert verdict in found and "MoEfication, table 2" in found
+    assert (f"0.5: {-shift:+.3f} [" in found) == bool(shift)
+    assert "**not measured**" in line(page, "LTE beats MoEfication ")
+
+
+def test_reversed_is_not_seen_and_every_density_counts() -> None:
+    def both(density: float, shift: float) -> list[dict[str, Any]]:
+        return [cell("lte", density, eta=1.0), cell("moefication", density, shift)]
+
+    page = text(*both(0.7, 0.1), *both(0.5, 0.1), *both(0.3, -0.1))
+    found = line(page, "LTE beats MoEfication ")
+    assert "**not seen** (2 of 3)" in found and "0.3 (eta=1.0): +0.1" in found
+
+
+def test_a_pair_is_equal_where_it_should_be_and_the_better_one_has_no_more() -> None:
+    dynamic = cell("d2dmoe", 0.5)
+    for flops, told in ((1.0, 1), (0.99, 1), (1.05, 1), (0.9, 0), (1.2, 0)):
+        assert len(pairs(RULE, measured(dynamic, cell("d2dmoe", 0.5, 0.1, flops, rule="top-k")))) == told, flops
+    near, far = cell("d2dmoe", 0.5, 0.1, 1.01, rule="top-k"), cell("d2dmoe", 0.55, 0.1, 0.96, rule="top-k")
+    (found,) = pairs(RULE, measured(dynamic, far, near))
+    assert found.worse.target == 0.5
+
+
+def test_what_an_ordering_does_not_name_is_equal() -> None:
+    fixed = cell("d2dmoe", 0.5, 0.1, rule="top-k")
+    assert pairs(RULE, measured(cell("d2dmoe", 0.5, scope="layer"), fixed))  # how a density is reached
+    assert not pairs(RULE, measured(cell("d2dmoe", 0.5, weight=0.0), fixed))
+    learned = next(entry for entry in orderings.load() if entry.ordering == "LTE beats MoEfication")
+    assert not pairs(learned, measured(cell("lte", 0.5), cell("moefication", 0.5, 0.1, expert_size=16)))
+    other = cell("d2dmoe", 0.5, 0.1, rule="top-k")
+    other["items"]["tokens"] = [100] * 20
+    assert not pairs(RULE, measured(cell("d2dmoe", 0.5), other))
+
+
+def test_nothing_is_said_where_nothing_was_measured() -> None:
+    assert "orderings" not in text(record("teal", 0.5), cell("lte", 0.5))
+    assert "orderings" not in report.page(rows.group([synthetic("dense"), synthetic("lte", 0.5)]))
+    twice = [cell("moefication", 0.5), cell("moefication", 0.5, 0.1, selector="similarity")]
+    again = [{**r, "key": r["key"] + "b", "cell": {**r["cell"], "batch": 8}} for r in [record(), *twice]]
+    assert text(*twice, *again).count("a learned router") == 1
