@@ -12,6 +12,7 @@ OPERATORS = {
     "gated_ffn": "ffn",
     "expert_ffn": "ffn",
     "attention_decode": "attention",
+    "spark_attention_decode": "attention",
     "compact": "selection",
     "top_k": "selection",
     "statistical_top_k": "selection",

@@ -1,4 +1,4 @@
-"""Decode attention over full caches with all KV groups and with half of them; rotation and cache write."""
+"""Decode attention over full caches: with all KV groups, half of them, or few tokens; rotation and cache write."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from sparse_kernels import attention_decode, rope_cache_write
+from sparse_kernels import (
+    attention_decode,
+    rope_cache_write,
+    spark_attention_decode,
+    spark_attention_multipliers,
+)
 from sparse_kernels.attention import cost, naive
+from sparse_kernels.spark_attention import cost as spark_cost
+from sparse_kernels.spark_attention import naive as spark
 
 from .case import Case, Copy, Draw, Shape
 
@@ -19,6 +26,7 @@ from .case import Case, Copy, Draw, Shape
 CONTEXTS = ((1, 4096), (16, 2048), (64, 3968))
 GROUPED_CONTEXTS = ((16, 2048), (64, 8192), (1, 32768))
 ROPE_CONTEXT = 1024
+ATTENDED = 256  # tokens: Spark Transformer's, arXiv 2506.06644; in short contexts an eighth
 
 
 def cases(shape: Shape) -> Iterator[Case]:
@@ -29,6 +37,10 @@ def cases(shape: Shape) -> Iterator[Case]:
         for density in (1.0, 0.5):
             build = partial(_attention, shape, batch, context, density)
             yield Case("attention_decode", f"{heads}, context {context}", batch, density, build, "cuDNN SDPA")
+        attended = min(ATTENDED, context // 8)
+        build = partial(_spark_attention, shape, batch, context, attended)
+        title = f"{heads}, {attended} of {context} tokens"
+        yield Case("spark_attention_decode", title, batch, attended / context, build, "cuDNN SDPA")
     for batch in (1, 16):
         yield Case("rope_cache_write", heads, batch, 1.0, partial(_rope, shape, batch))
 
@@ -53,18 +65,48 @@ def _attention(shape: Shape, batch: int, context: int, density: float, draw: Dra
             parts.append(naive.attention_decode(q, k, v, lengths[row], index, count))
         return torch.cat(parts)
 
-    def dense() -> Tensor:
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] if query.is_cuda else [SDPBackend.MATH]):
-            grouped = groups != shape.heads
-            return scaled_dot_product_attention(query[:, :, None], key, value, enable_gqa=grouped)[:, :, 0]
-
     kept = mask.double().mean().item()
     return Copy(
         run=lambda: attention_decode(query, key, value, lengths, heads),
         reference=reference,
         bytes=round(cost.attention_bytes(batch, groups, context, dim, key.element_size(), kept)),
         density=kept,
-        baseline=dense,
+        baseline=partial(_dense, query, key, value),
+    )
+
+
+def _dense(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] if query.is_cuda else [SDPBackend.MATH]):
+        grouped = key.shape[1] != query.shape[1]
+        return scaled_dot_product_attention(query[:, :, None], key, value, enable_gqa=grouped)[:, :, 0]
+
+
+def _spark_attention(shape: Shape, batch: int, context: int, attended: int, draw: Draw) -> Copy:
+    """Scores are near 1 for the attended tokens of a group and near -1 for the others: no limit is near a score."""
+    groups, dim, half = shape.kv_heads, shape.head_dim, shape.head_dim // 2
+    query = draw.normal(batch, shape.heads, dim)
+    key, value = (draw.normal(batch, groups, context, dim) for _ in range(2))
+    mask = draw.mask(batch * groups, context, attended / context).view(batch, groups, context)
+    query[..., :half] = 0
+    query[..., 0] = half**0.5
+    key[..., 0] = torch.where(mask, 1.0, -1.0) + 0.1 * key[..., 0]
+    visible = torch.ones(1, context, dtype=torch.bool, device=draw.device)
+    multiplier = spark_attention_multipliers(attended, context, draw.device)
+
+    def reference() -> Tensor:
+        parts = []
+        for row in (slice(b, b + 1) for b in range(batch)):
+            q, k, v = (tensor[row].double() for tensor in (query, key, value))
+            parts.append(spark.spark_attention_decode(q, k, v, visible, multiplier))
+        return torch.cat(parts)
+
+    kept = mask.double().mean().item()
+    return Copy(
+        run=lambda: spark_attention_decode(query, key, value, visible, multiplier),
+        reference=reference,
+        bytes=round(spark_cost.spark_attention_bytes(batch, groups, context, dim, key.element_size(), kept)),
+        density=kept,
+        baseline=partial(_dense, query, key, value),
     )
 
 
