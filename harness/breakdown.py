@@ -38,6 +38,10 @@ KERNELS = {
     "attention_kernel": "attention",
     "merge_kernel": "attention",
     "rope_kernel": "attention",
+    "spark_score_kernel": "selection",
+    "spark_limit_kernel": "selection",
+    "spark_attend_kernel": "attention",
+    "spark_merge_kernel": "attention",
     "norm_kernel": "glue",
     "glu_kernel": "glue",
 }

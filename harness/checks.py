@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 REGRET = 0.1  # nats per token; a stale or skipped step costs several
 UNREPORTED = 1e-3  # share of a layer's weights
-TOKENS = 16384  # of all rows of a text that are run again
 
 
 @torch.inference_mode()
@@ -33,12 +32,15 @@ def timed_text(
     """Nats per token by which the greedy tokens that timed steps chose fall short of the likeliest ones.
 
     text: int64 [batch, length], whose last `steps` tokens these steps made. It is run again as the evaluation runs
-    text, in one masked pass; with random weights (fidelity: None), which cannot be compared so (docs/protocol.md), step
-    by step without a graph. Raises RuntimeError where the timed steps did something else.
+    text, in one masked pass; a batch, for which some methods choose together, in masked steps; with random weights
+    (fidelity: None), which cannot be compared so (docs/protocol.md), in steps of the fast path without a graph. Raises
+    RuntimeError where the timed steps did something else.
     """
-    text = text[: max(1, TOKENS // text.shape[1])]
     if fidelity is None:
         with fast_steps(model, handle):
+            logits = teacher_forced(model, handle, text, steps)
+    elif len(text) > 1:
+        with handle.meter.apart() as meter, meter.on():  # whoever counts takes the reference path
             logits = teacher_forced(model, handle, text, steps)
     else:
         with handle.positions(active_positions(handle, text, steps)):

@@ -222,8 +222,8 @@ class Bench:
             with self._phase(handle, runner):
                 events = breakdown.trace(runner)
             return {"runner": runner.name, **breakdown.breakdown(events, breakdown.STEPS)}
-        except (RuntimeError, ValueError) as error:  # a driver may refuse to be traced
-            notes.append(f"no breakdown of {runner.name}: {str(error).splitlines()[0][:200]}")
+        except Exception as error:  # a driver may refuse to be traced, or lose kernels
+            notes.append(f"no breakdown of {runner.name}: {type(error).__name__}: {str(error)[:200]}")
             return None
 
     def _block(

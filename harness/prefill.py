@@ -41,14 +41,17 @@ def measure(model: PreTrainedModel, handle: SparseModel, prompt: Tensor) -> dict
     decoder = latency.Decoder(model, prompt, STEPS)
     start = perf_counter()
     for number in range(ROUNDS):
-        for way in ways:
-            with ExitStack() as stack:
-                stack.enter_context(handle.dense() if way == "dense" else handle.positions(active))
-                if way == "single storage":
-                    stack.enter_context(single_storage(model, handle))
-                runs[way].append(_block(decoder))
-                if number == 0 and way == ways[-1]:
-                    memory = _memory(model, handle, prompt)
+        for way in tuple(runs):
+            try:
+                with ExitStack() as stack:
+                    stack.enter_context(handle.dense() if way == "dense" else handle.positions(active))
+                    if way == "single storage":
+                        stack.enter_context(single_storage(model, handle))
+                    runs[way].append(_block(decoder))
+                    if number == 0 and way == ways[-1]:
+                        memory = _memory(model, handle, prompt)
+            except torch.OutOfMemoryError:  # beside the copies that the captured baselines hold
+                runs.pop(way)
         if perf_counter() - start > SECONDS:
             break
     found: dict[str, Any] = {"tokens": prompt.numel()}
@@ -64,12 +67,19 @@ def single_storage(model: PreTrainedModel, handle: SparseModel) -> Iterator[None
     """Within: the decode runtime, on the only copy of the weights in use. Afterwards they are where they were, because
     captured graphs read those addresses."""
     own = [(parameter, parameter.data) for parameter in model.parameters()]
-    with runtime(model, handle if handle.layers() else None, share=True):
-        try:
-            yield
-        finally:
-            for parameter, data in own:
-                parameter.data = data
+
+    def put_back() -> None:
+        for parameter, data in own:
+            parameter.data = data
+
+    try:
+        with runtime(model, handle if handle.layers() else None, share=True):
+            try:
+                yield
+            finally:
+                put_back()  # before the runtime makes copies of what it shared
+    finally:
+        put_back()  # where memory ended while the runtime was made
 
 
 def resident(model: PreTrainedModel) -> int:

@@ -25,7 +25,10 @@ class RuntimeOnly(Bench):
 
     def _runners(self, prefix: str, handle: Any) -> list[Runner]:
         with runtime(self.model, handle) as blocks:
-            return [self._graph(f"{prefix} runtime", False, blocks)]
+            return [self._graph(f"{prefix} runtime", False, blocks, handle)]
+
+    def _quantised(self) -> list[Runner]:
+        return []
 
 
 def guard(case: str, measure: Callable[[], float], baseline: Baseline, benchmark: Any) -> None:

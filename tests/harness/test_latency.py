@@ -154,6 +154,25 @@ def test_within_the_single_storage_there_is_one_copy_of_the_weights() -> None:
     assert prefill.resident(model) == before
 
 
+def test_a_storage_for_which_memory_ends_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from methods.runtime import Projection
+
+    model, made = llama(), Projection.__init__
+    weights = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
+
+    def full(self: Any, modules: Any, share: bool) -> None:
+        made(self, modules, share)
+        if self.widths == [64]:  # in the middle of a block
+            raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(Projection, "__init__", full)
+    with attached(model) as handle:
+        found = prefill.measure(model, handle, windows(1, 16))
+    assert list(found["prefill"]) == ["tokens", "dense"] and found["memory"] == {}
+    for name, parameter in model.named_parameters():
+        assert parameter.data_ptr() == weights[name][0] and torch.equal(parameter, weights[name][1])
+
+
 class Nvml(SimpleNamespace):
     """NVML with one GPU, whose energy counter ticks at every third reading."""
 
