@@ -107,10 +107,11 @@ def halved(embedding: Tensor) -> Tensor:
 
 
 def visible_tokens(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
-    """bool [..., T, S] from transformers' mask, which adds to scores or says so; without one, all but the future."""
+    """bool [..., T, S] from transformers' mask, which says so or adds to scores. It leaves it out for a prompt, which
+    sees itself up to the present, and for a single token that sees everything."""
     if mask is None:
         ones = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-        return ones.tril(k.shape[2] - q.shape[2])
+        return ones if q.shape[2] == 1 else ones.tril()
     return (mask if mask.dtype == torch.bool else mask >= 0)[..., : k.shape[2]]
 
 
@@ -182,7 +183,8 @@ class SparkLlamaForCausalLM(LlamaForCausalLM):
 
     config: SparkLlamaConfig
     config_class = SparkLlamaConfig
-    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = False
+    # Its own attention takes the masks made for SDPA; those for flash and flex attention are of other kinds.
+    _supports_flash_attn = _supports_flex_attn = False
     _supports_attention_backend = False
 
     def __init__(self, config: SparkLlamaConfig) -> None:
