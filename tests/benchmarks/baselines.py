@@ -61,6 +61,13 @@ def load(gpu: str, folder: Path = FOLDER) -> Baseline:
     return Baseline(gpu, stored["cases"])
 
 
+def expected(gpu: str, accepting: bool, folder: Path = FOLDER) -> Baseline | None:
+    """What this GPU's times are held to; None where no GPU's were accepted yet. Raises UsageError as `load` does."""
+    if accepting:
+        return Baseline(gpu, accepting=True)
+    return load(gpu, folder) if any(folder.glob("*.json")) else None
+
+
 def save(baseline: Baseline, machine: dict[str, Any], folder: Path = FOLDER) -> Path:
     """Writes what was accepted over what was there; other cases stay."""
     path = place(baseline.gpu, folder)

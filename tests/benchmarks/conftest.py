@@ -23,13 +23,10 @@ def baseline(request: pytest.FixtureRequest) -> Iterator[Baseline]:
     """This GPU's accepted times, or with --accept-baseline an empty one, saved at the end."""
     if not torch.cuda.is_available():
         pytest.skip("times are held to baselines on a GPU only.")
-    gpu = torch.cuda.get_device_name()
-    if not request.config.getoption("--accept-baseline", default=False):
-        if not any(baselines.FOLDER.glob("*.json")):
-            pytest.skip("no GPU's times have been accepted yet: add --accept-baseline to store this one's.")
-        yield baselines.load(gpu)
-        return
-    accepted = Baseline(gpu, accepting=True)
-    yield accepted
-    if accepted.cases:
-        baselines.save(accepted, machine.describe("cuda"))
+    accepting = request.config.getoption("--accept-baseline", default=False)
+    expected = baselines.expected(torch.cuda.get_device_name(), accepting)
+    if expected is None:
+        pytest.skip("no GPU's times have been accepted yet: add --accept-baseline to store this one's.")
+    yield expected
+    if expected.accepting and expected.cases:
+        baselines.save(expected, machine.describe("cuda"))

@@ -1,5 +1,6 @@
 """The gate itself, with invented times."""
 
+import json
 from pathlib import Path
 
 import baselines
@@ -41,6 +42,19 @@ def test_unknown_cases_and_gpus_are_errors(tmp_path: Path) -> None:
     baselines.place("Test GPU", tmp_path).rename(baselines.place("Other GPU", tmp_path))
     with pytest.raises(UsageError, match="measured on Test GPU, this is Other GPU"):
         baselines.load("Other GPU", tmp_path)
+
+
+def test_a_run_is_held_to_its_own_gpu_or_fails(tmp_path: Path) -> None:
+    assert baselines.expected("Test GPU", False, tmp_path) is None  # skipped: nobody accepted anything
+    baselines.save(accepted(1.0, 1.1, 1.0), {"gpu": "unit"}, tmp_path)
+    held = baselines.expected("Test GPU", False, tmp_path)
+    assert held is not None and not held.accepting and held.cases["step"]["noise"] == pytest.approx(0.2)
+    with pytest.raises(UsageError, match="no baseline for Other GPU"):  # an error of the fixture, so of every case
+        baselines.expected("Other GPU", False, tmp_path)
+    fresh = baselines.expected("Other GPU", True, tmp_path)
+    assert fresh is not None and fresh.accepting and not fresh.cases
+    stored = json.loads(baselines.place("Test GPU", tmp_path).read_text())
+    assert stored["machine"] == {"gpu": "unit"} and set(stored["cases"]["step"]) == {"ms", "noise"}
 
 
 def test_accepting_keeps_the_other_cases(tmp_path: Path) -> None:
