@@ -138,9 +138,10 @@ def require_threshold(threshold: torch.Tensor, x: torch.Tensor, channels: int) -
 
 
 def require_list(index: torch.Tensor, count: torch.Tensor, x: torch.Tensor, length: int) -> None:
-    """Check that index and count are a compacted list of `length` slots on x's device."""
+    """Check that index and count are a list of at most `length` slots on x's device."""
     for name, tensor, size in (("index", index, length), ("count", count, 1)):
-        fits = tensor.shape == (size,) and tensor.dtype == torch.int32 and tensor.is_contiguous()
+        slots = tensor.shape[0] if tensor.dim() == 1 else 0
+        fits = 1 <= slots <= size and tensor.dtype == torch.int32 and tensor.is_contiguous()
         got = (tensor.dtype, tensor.shape)
-        require(fits, "{} must be a contiguous int32 [{}], got {} {}.", name, size, *got)
+        require(fits, "{} must be a contiguous int32 [{}] or shorter, got {} {}.", name, size, *got)
         require(tensor.device == x.device, "{} must be on {}, got {}.", name, x.device, tensor.device)

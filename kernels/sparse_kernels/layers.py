@@ -247,6 +247,7 @@ class ExpertFFN(SparseLayer):
         shift = None if mean is None else (down.weight.detach().float() @ mean.to(down.weight).float()).to(down.weight)
         self.register_buffer("shift", shift)
         self.down_t = torch.empty(0)
+        self.constant: Tensor | None = None
         self.set_selector(selector)
 
     def set_selector(self, selector: Selector | None) -> None:
@@ -272,6 +273,8 @@ class ExpertFFN(SparseLayer):
     def materialize(self) -> None:
         if not self.down_t.numel():
             self.down_t = self.down.weight.detach().t().contiguous()
+            given = [term for term in (self.shift, self.down.bias) if term is not None]
+            self.constant = sum(given[1:], given[0]) if given else None
 
     def fast(self, x: Tensor) -> bool:
         return self.selector is not None and self.selector.fast and super().fast(x)
@@ -304,17 +307,25 @@ class ExpertFFN(SparseLayer):
     def _skip(self, rows: Tensor, selector: Selector) -> Tensor:
         """rows [B, d]; reads the experts that any of them needs."""
         self.materialize()
+        if len(rows) == 1 and selector.rule == "top-k":  # its own list is all there is to know
+            lists, self.count = selector.lists(rows)
+            return self._listed(rows, lists[0], self.count)
         score, threshold, index, self.count = selector.select(rows)
-        if not selector.shared and self.crowded(len(rows), CROSSOVER):
+        if len(rows) == 1 or selector.shared:
+            return self._listed(rows, index, self.count)
+        if self.crowded(len(rows), CROSSOVER):
             self.count = None  # every row as it chose, of a product that reads everything
             others = 0 if self.mean is None else self.mean.view(self.units, -1)
             return self.down(torch.where((score > threshold)[..., None], self.hidden(rows), others).flatten(-2))
         gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
-        up, up_bias, bias, act = self.up.weight, self.up.bias, self.down.bias, self.activation
-        if (len(rows) == 1 or selector.shared) and self.mean is None:
-            return neuron_ffn(rows, gate, up, self.down_t, index, self.count, act, gate_bias, up_bias, bias, self.size)
+        up, up_bias, act = self.up.weight, self.up.bias, self.activation
         h = expert_hidden(rows, gate, up, gate_bias, up_bias, score, threshold, index, self.count, act)
         if self.mean is not None:
             h = torch.where((score > threshold).repeat_interleave(self.size, 1), h - self.mean, 0)
-        y = input_linear(h, self.down_t, index, self.count, None, bias, self.size)
-        return y if self.shift is None else y + self.shift
+        return input_linear(h, self.down_t, index, self.count, None, self.constant, self.size)
+
+    def _listed(self, rows: Tensor, index: Tensor, count: Tensor) -> Tensor:
+        """rows [B, d], all of them through the listed experts."""
+        gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
+        up, act, biases = self.up.weight, self.activation, (gate_bias, self.up.bias, self.constant)
+        return neuron_ffn(rows, gate, up, self.down_t, index, count, act, *biases, self.size, center=self.mean)

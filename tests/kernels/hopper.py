@@ -173,6 +173,7 @@ def compile_ffn(one: torch.Tensor) -> None:
         for listed in ((index, index[:1]), (None, None)):
             neuron_ffn.neuron_ffn(x[:1], gate, up, down_t, *listed, "silu", None, None, None, 1, False)
             neuron_ffn.neuron_ffn(x[:1], None, up, down_t, *listed, "relu", None, bias, x[0], 1, False)
+            neuron_ffn.neuron_ffn(x[:1], gate, up, down_t, *listed, "silu", None, None, x[0], 32, False, bias)
         neuron_ffn.gate_first_ffn(x[:1], gate, up, down_t, one, "silu", None, None, None)
         neuron_ffn.gate_first_ffn(x[:1], None, up, down_t, one, "relu", None, bias, x[0])
         value = torch.empty(4, 11008)

@@ -67,6 +67,20 @@ def test_neuron_ffn_activations(device, activation, gated, batch):
     assert near(ffn(activation), ffn.expected(activation))
 
 
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("listed", [True, False])
+def test_neuron_ffn_centers_its_neurons(device, gated, batch, listed):
+    ffn = Ffn(device, batch, gated=gated, density=0.5 if listed else 1.0)
+    center = torch.randn(133, device=device)
+    found = (ffn.index, ffn.count) if listed else (None, None)
+    y = neuron_ffn(*ffn.matrices(), *found, "silu", *ffn.biases(), center=center)
+    wide = naive.neuron_ffn(*double(*ffn.matrices()), *found, "silu", *double(*ffn.biases()), center=center.double())
+    chosen = ffn.neurons if listed else slice(None)
+    assert near(y, wide)
+    assert torch.allclose(ffn("silu") - y, (center[chosen] @ ffn.down_t[chosen])[None], atol=1e-4)
+
+
 @pytest.mark.parametrize("batch", [1, 2, 7, 16])
 @pytest.mark.parametrize("neurons, width, out", [(1, 1, 1), (63, 133, 72), (133, 63, 200), (1000, 24, 17)])
 def test_neuron_ffn_shapes(device, batch, neurons, width, out):
@@ -264,7 +278,7 @@ def test_tolerance_fails_what_is_one_percent_wrong():
         (dict(down_t=torch.randn(15, 5)), r"down_t must have shape \[16, 5\]"),
         (dict(down_bias=torch.zeros(4)), "down_bias must have shape"),
         (dict(count=None), "index and count go together"),
-        (dict(index=torch.zeros(8, dtype=torch.int32)), "index must be a contiguous int32"),
+        (dict(index=torch.zeros(99, dtype=torch.int32)), "index must be a contiguous int32"),
         (dict(group=3), "group must divide"),
         (dict(partial=True, down_bias=torch.zeros(5)), "Partial sums take no down_bias"),
         (dict(partial=True, x=torch.randn(2, 8)), "Partial sums need one row"),
@@ -301,7 +315,7 @@ def test_gate_first_ffn_outside_its_domain(change, message):
     [
         (dict(value=torch.zeros(2, 16)), r"value must be a contiguous float32 \[1, 16\]"),
         (dict(value=torch.zeros(1, 16).half()), "value must be a contiguous float32"),
-        (dict(index=torch.zeros(8, dtype=torch.int32)), "index must be a contiguous int32"),
+        (dict(index=torch.zeros(99, dtype=torch.int32)), "index must be a contiguous int32"),
         (dict(down_t=torch.randn(15, 5)), r"down_t must have shape \[16, 5\]"),
     ],
 )

@@ -351,7 +351,6 @@ def masked_kernel(
             x, k, inside, 0, K > 0, stats, scale, shift, middle, K, parts, stride_part,
             NORM, NORM_BIAS, EPS, TILES, PADDED, TILE, ACTIVATION, GATED, CENTER, PARTS, DTYPE, 0,
         )  # fmt: skip
-        keep = inside
         if LIMIT:
             keep = tl.abs(v) > limit
             if INVERT:
@@ -359,6 +358,8 @@ def masked_kernel(
             keep = keep & inside
             v = tl.where(keep, v, 0.0)
             count += tl.sum(keep.to(tl.int32), 0)
+        else:  # a mask that needs the value, or the compiler asks for all steps at once and spills registers
+            keep = (tl.abs(v) >= 0.0) & inside
         w = tl.load(
             weight + k.to(tl.int64)[:, None] * stride_w + n[None, :],
             mask=keep[:, None] & inside_n[None, :],
@@ -553,7 +554,6 @@ def masked(
         weight=weight_t, partial=partial, counts=counts, K=channels, N=width, width0=widths[0],
         width1=widths[1] if segments > 1 else 0, splits=splits, stride_w=weight_t.stride(0),
         SEGMENTS=segments, ALIGNED=all(w % 16 == 0 for w in widths), CHANNELS=config.channels, ROWS=config.rows,
-        COLUMNS=columns, **options,
-        num_warps=config.warps if options["LIMIT"] else 2 * config.warps,  # else the steps merge, and registers spill
+        COLUMNS=columns, num_warps=config.warps, **options,
     )  # fmt: skip
     return partial, counts

@@ -44,10 +44,11 @@ def load_neurons(
 
 @triton.jit
 def fused_kernel(
-    x, gate, up, down, gate_bias, up_bias, value, index, count, partial, F, stride_gate, stride_up, stride_down,
+    x, gate, up, down, gate_bias, up_bias, center, value, index, count, partial,
+    F, stride_gate, stride_up, stride_down,
     LISTED: tl.constexpr, SURVIVORS: tl.constexpr, VALUES: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr,
-    GATED: tl.constexpr, UP: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    D: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    GATED: tl.constexpr, UP: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, CENTER: tl.constexpr,
+    ACTIVATION: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial[program] = sum over this program's neurons of h * (row of down).
@@ -105,6 +106,8 @@ def fused_kernel(
             h = activate(gate_sum, ACTIVATION) * up_sum
         else:
             h = activate(up_sum, ACTIVATION)
+        if CENTER:
+            h -= tl.load(center + f, mask=live, other=0.0).to(tl.float32)
         acc += tl.sum(h[:, None] * w.to(tl.float32), 0)
         if AHEAD:
             f, g, u, w = now
@@ -299,6 +302,7 @@ def fused(
     programs: int,
     config: Rows,
     survivors: bool = False,
+    center: Tensor | None = None,
 ) -> Tensor:
     """Launch `fused_kernel`: partial sums [programs, d_out]. survivors: value and list are `first_kernel`'s."""
     width, (neurons, out) = x.shape[1], down_t.shape
@@ -306,12 +310,12 @@ def fused(
     partial = torch.empty(programs, out, dtype=torch.float32, device=x.device)
     run(
         fused_kernel, (programs,),
-        x, gate, up, down_t, gate_bias, up_bias, value, index, count, partial, neurons,
+        x, gate, up, down_t, gate_bias, up_bias, center, value, index, count, partial, neurons,
         0 if gate is None else gate.stride(0), 0 if up is None else up.stride(0), down_t.stride(0),
         LISTED=index is not None, SURVIVORS=survivors, VALUES=value is not None and not survivors,
         SLOTS=triton.cdiv(neurons, programs) if survivors else 0, GROUP=group,
         GATED=gate is not None, UP=up is not None, GATE_BIAS=gate_bias is not None, UP_BIAS=up_bias is not None,
-        ACTIVATION=activation, D=width, WIDTH=power_of_2(width), OUT=out, OUT_WIDTH=power_of_2(out), ROWS=rows,
+        CENTER=center is not None, ACTIVATION=activation, D=width, WIDTH=power_of_2(width), OUT=out, OUT_WIDTH=power_of_2(out), ROWS=rows,
         STAGES=config.stages, num_warps=warps,
     )  # fmt: skip
     return partial
@@ -340,12 +344,13 @@ def neuron_ffn(
     down_bias: Tensor | None,
     group: int,
     partial: bool,
+    center: Tensor | None = None,
     config: Rows | None = None,
 ) -> Tensor:
     config = config or fused_launch(gate is not None, index is not None, x.device)
     programs = config.count(up.shape[0], x.device)
     parts = fused(
-        x, gate, up, down_t, gate_bias, up_bias, index, count, activation, group, None, programs, config
+        x, gate, up, down_t, gate_bias, up_bias, index, count, activation, group, None, programs, config, center=center
     )  # fmt: skip
     return parts if partial else reduce(parts, down_bias, x.dtype)
 

@@ -23,12 +23,15 @@ def hidden(
     up_bias: Tensor | None,
     activation: str,
     rows: Tensor,
+    center: Tensor | None = None,
 ) -> Tensor:
-    """What the neurons `rows` make of x [B, d]: [B, len(rows)]."""
+    """What the neurons `rows` make of x [B, d], less their center [F]: [B, len(rows)]."""
     value = F.linear(x, up[rows], None if up_bias is None else up_bias[rows])
     if gate is None:
-        return ACTIVATIONS[activation](value)
-    return ACTIVATIONS[activation](F.linear(x, gate[rows], None if gate_bias is None else gate_bias[rows])) * value
+        value = ACTIVATIONS[activation](value)
+    else:
+        value = ACTIVATIONS[activation](F.linear(x, gate[rows], None if gate_bias is None else gate_bias[rows])) * value
+    return value if center is None else value - center[rows]
 
 
 def neuron_hidden(
@@ -60,10 +63,11 @@ def neuron_ffn(
     up_bias: Tensor | None = None,
     down_bias: Tensor | None = None,
     group: int = 1,
+    center: Tensor | None = None,
 ) -> Tensor:
     """An FFN over x [B, d] in which the neurons outside the list are zero: y [B, d_out]."""
     rows = neurons(index, count, up.shape[0], group, x.device)
-    return F.linear(hidden(x, gate, up, gate_bias, up_bias, activation, rows), down_t[rows].t(), down_bias)
+    return F.linear(hidden(x, gate, up, gate_bias, up_bias, activation, rows, center), down_t[rows].t(), down_bias)
 
 
 def neuron_ffn_partials(
@@ -78,11 +82,12 @@ def neuron_ffn_partials(
     up_bias: Tensor | None,
     group: int,
     parts: int,
+    center: Tensor | None = None,
 ) -> Tensor:
     """`neuron_ffn` over x [1, d] without its last sum: [parts, d_out], of an even share of the list each."""
     rows = neurons(index, count, up.shape[0], group, x.device)
     shares = [rows[len(rows) * p // parts : len(rows) * (p + 1) // parts] for p in range(parts)]
-    return torch.cat([hidden(x, gate, up, gate_bias, up_bias, activation, r) @ down_t[r] for r in shares])
+    return torch.cat([hidden(x, gate, up, gate_bias, up_bias, activation, r, center) @ down_t[r] for r in shares])
 
 
 def gate_first_ffn(

@@ -49,14 +49,16 @@ def neuron_ffn(
     down_bias: Tensor | None = None,
     group: int = 1,
     partial: bool = False,
+    center: Tensor | None = None,
 ) -> Tensor:
     """Run an FFN on the listed neurons.
 
     x: [B, d], 1 <= B <= 64, contiguous rows, float32, float16 or bfloat16. gate, up: [F, d] and down_t: [F, d_out], the
     down projection transposed: a contiguous row per neuron, any distance between rows. gate is None if the FFN is
-    ungated. gate_bias, up_bias: [F]; down_bias: [d_out]. index: int32 [F // group] and count: int32 [1]: the groups of
-    `group` consecutive neurons to compute, as `compact` lists them; both None: every neuron. activation: one of
-    ACTIVATIONS.
+    ungated. gate_bias, up_bias: [F]; down_bias: [d_out]. index: int32, at most [F // group], and count: int32 [1]: the
+    groups of `group` consecutive neurons to compute, as `compact` lists them; both None: every neuron. activation: one of
+    ACTIVATIONS. center: [F], subtracted from what a neuron multiplies its row of down_t by (its constant down_t^T center
+    belongs into down_bias).
     Returns y [B, d_out] in x's dtype, the sum over listed neurons j of act(gate_j x) * (up_j x) * down_t[j], or of
     act(up_j x) * down_t[j] if ungated, accumulated in float32 in a fixed order. With `partial` (B = 1, no down_bias,
     rows of at most 16 KiB) returns float32 [P, d_out] instead, P fixed by the GPU, whose sum over P is y: the next
@@ -77,11 +79,13 @@ def neuron_ffn(
     require((index is None) == (count is None), "index and count go together.")
     if index is not None and count is not None:
         require_list(index, count, x, neurons // group)
+    if center is not None:
+        require_rows("center", center, x, (neurons,))
     if partial:
         require(down_bias is None, "Partial sums take no down_bias: add it to their sum.")
         require(launch.takes_rows(x, down_t), "Partial sums need one row of x and rows of at most 16 KiB.")
     return torch.ops.sparse_kernels.neuron_ffn(
-        x, gate, up, down_t, index, count, activation, gate_bias, up_bias, down_bias, group, partial
+        x, gate, up, down_t, index, count, activation, gate_bias, up_bias, down_bias, group, partial, center
     )
 
 
@@ -94,7 +98,8 @@ def parts(gate: Tensor | None, up: Tensor, index: Tensor | None) -> int:
     "sparse_kernels::neuron_ffn",
     mutates_args=(),
     schema="(Tensor x, Tensor? gate, Tensor up, Tensor down_t, Tensor? index, Tensor? count, str activation,"
-    " Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, int group, bool partial) -> Tensor",
+    " Tensor? gate_bias, Tensor? up_bias, Tensor? down_bias, int group, bool partial,"
+    " Tensor? center=None) -> Tensor",
 )
 def _neuron_ffn(
     x: Tensor,
@@ -109,24 +114,26 @@ def _neuron_ffn(
     down_bias: Tensor | None,
     group: int,
     partial: bool,
+    center: Tensor | None = None,
 ) -> Tensor:
     ffn = (x, gate, up, down_t, index, count, activation, gate_bias, up_bias)
     if not use_triton(x):
         if partial:
-            return naive.neuron_ffn_partials(*ffn, group, parts(gate, up, index)).float()
-        return naive.neuron_ffn(*ffn, down_bias, group)
+            return naive.neuron_ffn_partials(*ffn, group, parts(gate, up, index), center).float()
+        return naive.neuron_ffn(*ffn, down_bias, group, center)
     from sparse_kernels.neuron_ffn import kernel
 
     if launch.takes_rows(x, down_t):
-        return kernel.neuron_ffn(*ffn, down_bias, group, partial)
+        return kernel.neuron_ffn(*ffn, down_bias, group, partial, center)
     h = kernel.neuron_hidden(x, gate, up, gate_bias, up_bias, index, count, activation, group)
+    h = h if center is None else h - center  # also where nothing was computed, which is not read
     if index is None or count is None:
         return F.linear(h, down_t.t(), down_bias)
     return input_linear(h, down_t, index, count, None, down_bias, group)
 
 
 @_neuron_ffn.register_fake
-def _(x, gate, up, down_t, index, count, activation, gate_bias, up_bias, down_bias, group, partial):
+def _(x, gate, up, down_t, index, count, activation, gate_bias, up_bias, down_bias, group, partial, center=None):
     if partial:
         return x.new_empty(parts(gate, up, index), down_t.shape[1], dtype=torch.float32)
     return x.new_empty(x.shape[0], down_t.shape[1])
