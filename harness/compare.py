@@ -12,7 +12,7 @@ from typing import Any
 from methods.errors import UsageError
 
 from . import machine, stats, store
-from .rows import SETTING, Row, is_share
+from .rows import SETTING, Row, disturbances, is_share
 from .store import Record
 from .tables import NONE, Column, interval, number, terminal
 
@@ -133,11 +133,8 @@ def _doubts(pair: Pair) -> list[str]:
             texts.append(f"two units of {after['name']} ({units}), whose clocks and memory differ")
         if before.get("driver") != after.get("driver"):
             texts.append(f"driver {before.get('driver')} in A, {after.get('driver')} in B")
-        for side, gpu in (("A", before), ("B", after)):
-            if isinstance(gpu.get("throttle"), list) and gpu["throttle"]:
-                texts.append(f"the GPU throttled its clocks in {side}")
-            if isinstance(gpu.get("processes"), int) and gpu["processes"]:
-                texts.append(f"other processes used the GPU in {side}")
+        for side, record in (("A", pair.before.record), ("B", pair.record)):
+            texts += [f"{text} in {side}" for text in disturbances(record)]
     for name in VERSIONS:
         if one.get(name) != other.get(name):
             texts.append(f"{name} {one.get(name)} in A, {other.get(name)} in B")

@@ -260,17 +260,22 @@ class Group:
         return list(dict.fromkeys(task for row in self.rows for task in row.part("accuracy")))
 
 
+def disturbances(record: Record) -> list[str]:
+    """What disturbed the GPU, as seen around every timed round and at the end."""
+    seen = [record["machine"].get("gpu") or {}, (record.get("latency") or {}).get("watch") or {}]
+    found = []
+    if any(isinstance(gpu.get("throttle"), list) and gpu["throttle"] for gpu in seen):
+        found.append("the GPU throttled its clocks")
+    if any(isinstance(gpu.get("processes"), int) and gpu["processes"] for gpu in seen):
+        found.append("other processes used the GPU")
+    return found
+
+
 def doubts_of(rows: Iterable[Row]) -> list[str]:
     """What casts doubt on the numbers of rows that stand together."""
     rows = [one for row in rows for one in row.repeats or [row]]
     records = [row.record for row in rows]
-    gpus = [r["machine"].get("gpu") or {} for r in records]
-    gpus += [row.part("latency").get("watch") or {} for row in rows]
-    doubts = []
-    if any(isinstance(gpu.get("throttle"), list) and gpu["throttle"] for gpu in gpus):
-        doubts.append("the GPU throttled its clocks")
-    if any(isinstance(gpu.get("processes"), int) and gpu["processes"] for gpu in gpus):
-        doubts.append("other processes used the GPU")
+    doubts = [text for record in records for text in disturbances(record)]
     if len({r["machine"].get("identity") for r in records}) > 1:
         doubts.append("not all rows come from the same machine or the same versions")
     if any((r.get("git") or {}).get("dirty") and r["git"].get("commit") for r in records):

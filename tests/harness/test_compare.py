@@ -127,10 +127,12 @@ def test_gpus_of_one_name_are_told_apart(compare: Any) -> None:
 
 def test_another_unit_is_a_caution(compare: Any) -> None:
     changed = on_gpu(cell(), uuid_hash="def456", throttle=["power cap"], driver="1.3")
+    changed["latency"]["watch"] = {"throttle": [], "processes": 2}
     code, out, _ = compare([cell()], [changed])
     text = " ".join(out.split())
     assert code == 0 and "same" in line(out, "dense")
     assert "two units of Test GPU (abc123 and def456)" in text and "throttled its clocks in B" in text
+    assert "other processes used the GPU in B" in text
     assert "driver 1.2 in A, 1.3 in B" in text
 
 
