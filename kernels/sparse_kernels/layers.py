@@ -297,8 +297,7 @@ class ExpertFFN(SparseLayer):
         if fast:
             return self._skip(x.reshape(-1, x.shape[-1]), self.selector).view(*x.shape[:-1], -1)
         h = self.hidden(x)
-        chosen = self.selector.together(x, h) if self.meter.steps else self.selector(x, h)
-        keep = self.mask(chosen).unsqueeze(-1)
+        keep = self.mask(self.selector(x, h)).unsqueeze(-1)
         if self.mean is None:
             return self.down((h * keep).flatten(-2))
         y = self.down(((h - self.mean.view(self.units, -1)) * keep).flatten(-2))

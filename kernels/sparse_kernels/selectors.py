@@ -58,10 +58,6 @@ class Selector(nn.Module, ABC):
     def overhead(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def together(self, x: Tensor, hidden: Tensor) -> Tensor:
-        """`forward` for x of the rows of one decode step."""
-        return self(x, hidden)
-
     def match(self, weight: Tensor) -> None:
         """Goes to the device of a layer's weight; parameters take its dtype, thresholds stay float32."""
         self.to(weight.device)
@@ -205,7 +201,8 @@ class BatchRouter(Router):
 
     ks: how many for batches of up to SIZES[i] rows, in that order; the last one holds for larger ones; all, where more
     than DENSE of the units are asked for. A single row runs its ks[0] best, and so does every token of a text, as in
-    the published accuracies. Source: Polar Sparsity (arXiv 2505.14884), layer-wise dynamic top-k.
+    the published accuracies: the tap's value, [B, T, d], says whether this is a text. Source: Polar Sparsity (arXiv
+    2505.14884), layer-wise dynamic top-k.
     """
 
     shared = True
@@ -225,7 +222,10 @@ class BatchRouter(Router):
     def idle(self, rows: int) -> bool:
         return self.k_for(rows) == self.units
 
-    def together(self, x: Tensor, hidden: Tensor) -> Tensor:
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        assert self.tap is not None and self.tap.value is not None
+        if self.tap.value.dim() == 3 and self.tap.value.shape[1] > 1:
+            return super().forward(x, hidden)
         score = self.scores(x, hidden)
         rows = score.flatten(0, -2)
         best = batch_score(rows).argsort(descending=True, stable=True)[: self.k_for(len(rows))]

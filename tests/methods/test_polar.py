@@ -15,7 +15,7 @@ from methods.registry import create, parse
 from methods.runtime import runtime
 from methods.shared.heads import group_norms, head_norms
 from methods.shared.predictors import Judgement, equal_recall, weighted_loss
-from sparse_kernels.selectors import BatchRouter
+from sparse_kernels.selectors import BatchRouter, Tap
 from tests.methods.models import MODELS, data, llama, opt, windows
 from tests.methods.test_runtime import decode, other
 
@@ -149,7 +149,9 @@ def test_a_batch_is_ranked_by_what_is_positive():
     assert not router.idle(1) and not router.idle(2)
     most = BatchRouter((torch.eye(6),), [2, 4, 5])
     assert most.ks == [2, 4, 6] and not most.idle(2) and most.idle(4)  # 5 of 6 are more than 0.8
-    assert most.together(torch.randn(4, 6), torch.empty(0)).all()
+    most.tap = Tap()
+    most.tap.value = torch.randn(4, 6)
+    assert most(torch.empty(4, 1, 6), torch.empty(0)).all()
 
 
 def test_neurons_are_left_out_of_relu_models_alone():
@@ -188,9 +190,11 @@ def test_the_kernels_choose_neurons_for_the_batch(device):
         expected = ffn.down(ffn.hidden(rows).squeeze(-1) * keep)
         assert torch.allclose(ffn._skip(rows, ffn.selector), expected, atol=1e-5)
         with handle.sparse():
-            handle.meter.steps = True  # a step's masks are those of its batch, a text's those of its tokens
             assert torch.allclose(ffn(rows), expected, atol=1e-5)
-            handle.meter.steps = False
+            tap = ffn.selector.tap
+            tap.value = tap.value[:, None]  # three sequences of one token
+            assert torch.allclose(ffn(rows), expected, atol=1e-5)
+            tap.value = tap.value.transpose(0, 1)  # a text of three tokens, each with neurons of its own
             assert not torch.allclose(ffn(rows), expected, atol=1e-3)
 
 
