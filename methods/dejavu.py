@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from sparse_kernels.selectors import Router, Selector
 
     from .families import Block
+    from .shared.learning import Importance
     from .shared.predictors import Activations
 
 CHOICES = {
@@ -174,17 +175,17 @@ class Dejavu(Method):
         from .shared.heads import group_importance
 
         heads, groups = heads_of(attachment.model.config)
-        return self._selector(attachment, "heads", index, groups, group_importance(heads, groups))
+        return self._selector(attachment, "heads", index, groups, lambda: group_importance(heads, groups))
 
     def _neurons(self, attachment: Attachment, index: int, layer: ExpertFFN) -> Selector | None:
         from .shared.predictors import neuron_importance
 
-        importance = neuron_importance(layer.down.weight)
-        return self._selector(attachment, "ffn", index, layer.units, lambda h: importance(h.squeeze(-1)))
+        return self._selector(attachment, "ffn", index, layer.units, lambda: neuron_importance(layer.down.weight))
 
     def _selector(
-        self, attachment: Attachment, part: str, index: int, units: int, importance: Callable[[Tensor], Tensor]
+        self, attachment: Attachment, part: str, index: int, units: int, importance: Callable[[], Importance]
     ) -> Selector | None:
+        """importance: makes what an oracle ranks by."""
         from sparse_kernels.selectors import Oracle, Router
 
         from .shared.predictors import restored
@@ -194,7 +195,7 @@ class Dejavu(Method):
         if k == units:
             return None
         if self.options.selector == "oracle":
-            return Oracle(units, importance, "top-k", k=k)
+            return Oracle(units, importance(), "top-k", k=k)
         router = Router(restored(tensors, f"{part}.{index}")[0], "top-k", k=k)
         router.tap = attachment.tap(*self.options.place(part, index))
         return router

@@ -198,8 +198,7 @@ class Polar(Method):
         tensors = attachment.artifact.tensors
         ks = tensors[f"ffn.{index}.k"].tolist()
         if self.options.selector == "oracle":
-            importance = neuron_importance(layer.down.weight)
-            return Oracle(layer.units, lambda h: importance(h.squeeze(-1)), "top-k", k=ks[0])
+            return Oracle(layer.units, neuron_importance(layer.down.weight), "top-k", k=ks[0])
         router = BatchRouter(restored(tensors, f"ffn.{index}")[0], ks)
         router.tap = attachment.tap(TAP, index)
         return router

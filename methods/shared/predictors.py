@@ -90,9 +90,12 @@ def activations(
 
 
 def neuron_importance(down: Tensor) -> Callable[[Tensor], Tensor]:
-    """Of neurons, from their values: the norm of what each adds to the output; down: weight [d, neurons]."""
+    """Of neurons, from their values [..., neurons] (or [..., neurons, 1]): the norm of what each adds to the output.
+
+    down: weight [d, neurons].
+    """
     norms = down.detach().float().norm(dim=0)
-    return lambda h: h.float().abs() * norms
+    return lambda h: h.squeeze(-1).float().abs() * norms
 
 
 @dataclass(frozen=True)
