@@ -134,6 +134,24 @@ def test_gradients_flow_through_the_statistics_and_stay_finite():
     assert torch.isfinite(nothing.grad).all()
 
 
+def test_training_computes_attention_twice_to_the_same_gradients(monkeypatch):
+    from methods.shared import spark_llama as module
+
+    model, calls = spark_llama().requires_grad_(True), []
+
+    def gradients():
+        model.zero_grad()
+        model(input_ids=windows(1, 20)).logits.logsumexp(-1).sum().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    twice = gradients()
+    monkeypatch.setattr(module, "checkpoint", lambda function, *a, **k: calls.append(1) or function(*a))
+    once = gradients()
+    assert len(calls) == 2 and all(torch.isfinite(grad).all() and grad.any() for grad in twice.values())
+    for name, grad in once.items():
+        assert torch.allclose(twice[name], grad, rtol=1e-4, atol=1e-5), name
+
+
 # Attention
 
 
