@@ -80,6 +80,7 @@ def write(groups: Sequence[Group], folder: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from PIL import Image
 
     files: list[Path] = []
     for figure in FIGURES:
@@ -87,7 +88,10 @@ def write(groups: Sequence[Group], folder: Path) -> list[Path]:
             path = folder / figure.file
             with plt.rc_context({"svg.hashsalt": path.stem, "font.size": 9}):
                 drawn = figure.draw(parts)
-                drawn.savefig(path, dpi=100, metadata={"Software": None})
+                drawn.savefig(path, dpi=100)
+                with Image.open(path) as image:  # 64 colours are enough for lines, and a third of the bytes
+                    small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+                small.save(path, optimize=True)
                 drawn.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
                 plt.close(drawn)
             files += [path, path.with_suffix(".svg")]

@@ -154,7 +154,7 @@ class SparseLayer(nn.Module, ABC):
     def dense(self, x: Tensor) -> None:
         """Reports to the meter that x [..., d] is computed with all units."""
         self.count = None
-        if self.meter.enabled and self.phase.active is not False:
+        if self.meter.enabled:
             self.mask(x.new_ones(*x.shape[:-1], self.units, dtype=torch.bool))
 
     def mask(self, keep: Tensor) -> Tensor:
@@ -286,12 +286,10 @@ class ExpertFFN(SparseLayer):
         return h.unflatten(-1, (self.units, -1))
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.phase.active is False:  # nothing is counted, nor what a sparse pass counted forgotten
+            return self.down(self.hidden(x).flatten(-2))
         fast = self.fast(x)
-        if (
-            self.selector is None
-            or self.phase.active is False
-            or (fast and self.selector.idle(x.numel() // x.shape[-1]))
-        ):
+        if self.selector is None or (fast and self.selector.idle(x.numel() // x.shape[-1])):
             self.dense(x)
             return self.down(self.hidden(x).flatten(-2))
         if fast:

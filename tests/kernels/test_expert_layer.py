@@ -66,6 +66,17 @@ def test_the_kernels_compute_what_the_masks_do(device, kind, rows, gated, compen
     assert int(layer.count) == int(selector(x, layer.hidden(x)).any(0).sum())
 
 
+def test_a_dense_pass_between_leaves_the_count_of_the_sparse_one(device):
+    """A replayed graph writes to that tensor, and its owner reads it after dense steps were timed in turns."""
+    selector = router("lte", device)
+    layer, x = ffn(selector, device=device), torch.randn(1, WIDTH, device=device)
+    layer._skip(x, selector)
+    count = layer.count
+    layer.phase.active = False
+    layer(x)
+    assert count is not None and layer.count is count
+
+
 @pytest.mark.parametrize("compensated", [False, True])
 def test_rows_that_need_most_experts_between_them_are_multiplied_densely(device, compensated):
     torch.manual_seed(2)

@@ -48,8 +48,8 @@ def fused_kernel(
     F, stride_gate, stride_up, stride_down,
     LISTED: tl.constexpr, SURVIVORS: tl.constexpr, VALUES: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr,
     GATED: tl.constexpr, UP: tl.constexpr, GATE_BIAS: tl.constexpr, UP_BIAS: tl.constexpr, CENTER: tl.constexpr,
-    ACTIVATION: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, PDL: tl.constexpr,
+    ACTIVATION: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, OUT_WIDTH: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial[program] = sum over this program's neurons of h * (row of down).
 
@@ -315,8 +315,8 @@ def fused(
         LISTED=index is not None, SURVIVORS=survivors, VALUES=value is not None and not survivors,
         SLOTS=triton.cdiv(neurons, programs) if survivors else 0, GROUP=group,
         GATED=gate is not None, UP=up is not None, GATE_BIAS=gate_bias is not None, UP_BIAS=up_bias is not None,
-        CENTER=center is not None, ACTIVATION=activation, D=width, WIDTH=power_of_2(width), OUT=out, OUT_WIDTH=power_of_2(out), ROWS=rows,
-        STAGES=config.stages, num_warps=warps,
+        CENTER=center is not None, ACTIVATION=activation, D=width, WIDTH=power_of_2(width), OUT=out,
+        OUT_WIDTH=power_of_2(out), ROWS=rows, STAGES=config.stages, num_warps=warps,
     )  # fmt: skip
     return partial
 

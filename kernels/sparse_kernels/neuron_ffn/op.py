@@ -56,9 +56,9 @@ def neuron_ffn(
     x: [B, d], 1 <= B <= 64, contiguous rows, float32, float16 or bfloat16. gate, up: [F, d] and down_t: [F, d_out], the
     down projection transposed: a contiguous row per neuron, any distance between rows. gate is None if the FFN is
     ungated. gate_bias, up_bias: [F]; down_bias: [d_out]. index: int32, at most [F // group], and count: int32 [1]: the
-    groups of `group` consecutive neurons to compute, as `compact` lists them; both None: every neuron. activation: one of
-    ACTIVATIONS. center: [F], subtracted from what a neuron multiplies its row of down_t by (its constant down_t^T center
-    belongs into down_bias).
+    groups of `group` consecutive neurons to compute, as `compact` lists them; both None: every neuron. activation: one
+    of ACTIVATIONS. center: [F], subtracted from what a neuron multiplies its row of down_t by (down_t^T center, which
+    is constant, belongs into down_bias).
     Returns y [B, d_out] in x's dtype, the sum over listed neurons j of act(gate_j x) * (up_j x) * down_t[j], or of
     act(up_j x) * down_t[j] if ungated, accumulated in float32 in a fixed order. With `partial` (B = 1, no down_bias,
     rows of at most 16 KiB) returns float32 [P, d_out] instead, P fixed by the GPU, whose sum over P is y: the next
