@@ -90,7 +90,7 @@ def densities(handle: SparseModel, shape: Shape, unions: bool = False) -> dict[t
     def mean(layer: Any, counted: dict[tuple[str, int], list[Any]]) -> float:
         counts = counted.get((layer.site, layer.layer))
         flat = torch.cat([c.reshape(-1) for c in counts]).double() if counts else None
-        return 1.0 if flat is None else float(flat.mean()) / layer.units
+        return layer.share(1.0 if flat is None else float(flat.mean()) / layer.units)
 
     found = dense_layers(shape)
     for layer in handle.layers():
@@ -98,6 +98,14 @@ def densities(handle: SparseModel, shape: Shape, unions: bool = False) -> dict[t
         found.update({(layer.layer, name): density for name in layer.linears()})
         if layer.attends:
             found[layer.layer, "attention"] = mean(layer, handle.meter.counts)
+    return found
+
+
+def complete(handle: SparseModel, shape: Shape) -> dict[tuple[int, str], float]:
+    """Density of every linear layer at dense positions: 1, unless what stands for it has fewer or more weights."""
+    found = dense_layers(shape)
+    for layer in handle.layers():
+        found.update({(layer.layer, name): layer.share(1.0) for name in layer.linears()})
     return found
 
 
@@ -187,15 +195,21 @@ def decode_cost(
 
 
 def prefill_cost(
-    shape: Shape, tokens: dict[tuple[int, str], float], overhead: int, context: int, share: float
+    shape: Shape,
+    tokens: dict[tuple[int, str], float],
+    overhead: int,
+    context: int,
+    share: float,
+    full: dict[tuple[int, str], float] | None = None,
 ) -> Prefill:
-    """share: how many of the prompt's positions are sparse (0 in mode decode, 1 in mode all)."""
+    """share: how many of the prompt's positions are sparse (0 in mode decode, 1 in mode all); full: densities at the
+    others, if they are not 1."""
     query = sum(shape.query.values())
     sparse = round(share * context)
     prefix = context - sparse
     causal, before = (2 * length * (length + 1) for length in (context, prefix))  # the causal half
     dense = 2 * (shape.dense * context + shape.head) + query * causal
-    executed = shape.dense * prefix + (_active(shape, tokens) + overhead) * sparse
+    executed = _active(shape, full or {}) * prefix + (_active(shape, tokens) + overhead) * sparse
     attention = query * before + _attended(shape.query, tokens) * (causal - before)
     return Prefill(context, dense, round(2 * (executed + shape.head) + attention))
 
@@ -208,7 +222,7 @@ def record(handle: SparseModel, shape: Shape, context: int, batch: int) -> tuple
     overhead = sum(layer.overhead for layer in layers)
     cost = {
         "decode": asdict(decode_cost(shape, tokens, union, overhead, context, batch)),
-        "prefill": asdict(prefill_cost(shape, tokens, overhead, context, handle.fraction)),
+        "prefill": asdict(prefill_cost(shape, tokens, overhead, context, handle.fraction, complete(handle, shape))),
     }
     if not layers:
         return cost, None

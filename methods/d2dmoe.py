@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sparse_kernels.selectors import Router, Selector
 
 LATE = ("rule", "scope", "selector", "tolerance", "trials")  # options that matter after training
+ENFORCING = ("penalty", "weight", "ramp", "steps", "batch", "lr")  # and of the fine-tuning alone
 CHOICES = {
     "penalty": ("hoyer", "l1"),
     "ramp": ("linear_warmup", "linear", "constant"),
@@ -44,7 +45,9 @@ class D2dmoeOptions:
     rank: of the routers (0: hidden size / 4, at most 512); windows: training windows that routers learn from; epochs:
     passes over them; rule: dynamic (the paper's) or top-k (its ablation, k fixed); scope: one tau for the model (the
     paper's) or one for each layer, all layers equally dense; selector: router, or the control oracle (true norms, never
-    timed or ranked); tolerance: accepted distance to the target density; trials: values of tau."""
+    timed or ranked); projections: q, k, v, o become MLPs of the same cost first, distilled from them, with experts of
+    their own (the paper's option; density is then that of both, by weights); distill: passes over the windows for it;
+    tolerance: accepted distance to the target density; trials: values of tau."""
 
     penalty: str = "hoyer"
     weight: float = 16.0
@@ -60,6 +63,8 @@ class D2dmoeOptions:
     rule: str = "dynamic"
     scope: str = "model"
     selector: str = "router"
+    projections: bool = False
+    distill: int = 10
     tolerance: float = 0.01
     trials: int = 20
 
@@ -69,7 +74,7 @@ class D2dmoeOptions:
                 raise unknown(f"d2dmoe {name}", getattr(self, name), known)
         if self.weight < 0 or self.steps < 0 or self.rank < 0 or self.tolerance <= 0:
             raise UsageError("d2dmoe needs weight, steps and rank of at least 0 and a tolerance: try d2dmoe:steps=400.")
-        if min(self.expert_size, self.windows, self.epochs, self.batch, self.trials) < 1:
+        if min(self.expert_size, self.windows, self.epochs, self.distill, self.batch, self.trials) < 1:
             raise UsageError("d2dmoe counts experts, windows, epochs and trials from 1: try d2dmoe:epochs=30.")
 
 
@@ -82,14 +87,17 @@ class D2dmoe(Method):
     fidelity = (
         "paper: sparsity fine-tuning, split by k-means, routers that regress output norms, dynamic k; adapted: SwiGLU "
         "through its gate as the paper does GEGLU, routers learn layer by layer from stored inputs, k-means is seeded, "
-        "embeddings and lm_head stay frozen, weight differences are stored in 8 bits; attention projections stay dense"
+        "embeddings and lm_head stay frozen, weight differences are stored in 8 bits; attention projections stay dense "
+        "unless projections is set"
     )
     Options = D2dmoeOptions
     options: D2dmoeOptions
 
     def why_not(self, config: Any) -> str | None:
-        from .families import why_no_experts
+        from .families import layout_of, why_no_experts
 
+        if self.options.projections and layout_of(config).norms is None:
+            return f"d2dmoe:projections=true is for blocks as Llama's or OPT's, not those of {config.model_type}."
         return why_no_experts(self.name, config, self.options.expert_size)
 
     def prepare(
@@ -102,13 +110,14 @@ class D2dmoe(Method):
             raise UsageError(reason)
         start, windows = perf_counter(), data.train(self.options.windows)
         notes = enough(windows.numel(), self.options.windows * windows.shape[1])
-        tensors, manifest = self._enforce(model, data, progress)
+        projections, distilled = self._distil(model, windows, data, progress)
+        tensors, manifest = self._enforce(model, data, progress, projections)
         notes += manifest.get("notes", [])
         tensors = split(self, model, tensors, "kmeans", self.options.expert_size, windows, data.seed, progress)
         routers, learned = self._routers(model, tensors, windows, data, progress)
         tensors |= routers
-        manifest |= learned | {"corpus": data.corpus, "seed": data.seed}
-        manifest["tokens"] = manifest.get("tokens", 0) + windows.numel()
+        manifest |= learned | distilled | {"corpus": data.corpus, "seed": data.seed}
+        manifest["tokens"] = manifest.get("tokens", 0) + windows.numel() * (1 + self.options.projections)
         manifest["device"] = next(model.parameters()).device.type
         if self.options.selector == "oracle":
             manifest["control"] = "the oracle computes every expert's output to decide which to skip"
@@ -124,14 +133,24 @@ class D2dmoe(Method):
         import torch
 
         from .families import blocks
+        from .shared import projections
         from .shared.selection import set_thresholds, thresholds
 
         tensors: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(0)
+        size = self.options.expert_size
         for block in blocks(model):
-            neurons, width = block.linears["up"].weight.shape
-            a, b = self._start(neurons // self.options.expert_size, width, generator)
-            tensors |= {f"router.{block.index}.a": a.bfloat16(), f"router.{block.index}.b": b.bfloat16()}
+            up = block.linears["up"].weight
+            experts = {str(block.index): (up.shape[0] // size, up.shape[1])}
+            for site in projections.SITES if self.options.projections else "":
+                linear, name = block.linears[site], f"{block.index}.{site}"
+                width = projections.hidden_width(linear, size)
+                experts[name] = width // size, linear.in_features
+                weights = projections.drawn(linear, width, generator)
+                tensors |= {f"projection.{name}.{key}": value.bfloat16() for key, value in weights.items()}
+            for name, shape in experts.items():
+                a, b = self._start(*shape, generator)
+                tensors |= {f"router.{name}.a": a.bfloat16(), f"router.{name}.b": b.bfloat16()}
         artifact = self.artifact(model, _given(density), tensors, {})
         if self.options.rule == "dynamic" and self.options.selector == "router":
             with sparsify(model, artifact) as handle:
@@ -142,11 +161,18 @@ class D2dmoe(Method):
     def attach(self, attachment: Attachment) -> None:
         from .families import activation_of
         from .shared.experts import attach_experts
+        from .shared.projections import attach_projections
 
         activation = "relu" if self.options.activation == "relu" else activation_of(attachment.model.config)
-        attach_experts(attachment, activation, self.options.expert_size, partial(self._selector, attachment.artifact))
+        selector, size = partial(self._selector, attachment.artifact), self.options.expert_size
+        attach_projections(attachment, self._hidden(), size, selector)
+        attach_experts(attachment, activation, size, lambda index, layer: selector(layer))
 
-    def _selector(self, artifact: Artifact, index: int, layer: ExpertFFN) -> Selector | None:
+    def _hidden(self) -> str:
+        """The activation in the MLPs that take the place of projections."""
+        return "relu" if self.options.activation == "relu" else "gelu"
+
+    def _selector(self, artifact: Artifact, layer: ExpertFFN) -> Selector | None:
         from sparse_kernels.selectors import Oracle
 
         from .shared.routers import experts_for, norm_router, output_norms
@@ -154,12 +180,12 @@ class D2dmoe(Method):
         tensors = artifact.tensors
         if artifact.density is None:
             return None  # while preparing
-        threshold = tensors.get(f"threshold.{index}", 0.0)
+        threshold = tensors.get(f"threshold.{layer.name}", 0.0)
         rule = "relative" if self.options.rule == "dynamic" else "top-k"
         choice = rule, threshold, experts_for(artifact.density, layer.units)
         if self.options.selector == "oracle":
             return Oracle(layer.units, output_norms(layer), *choice)
-        return norm_router(tensors[f"router.{index}.a"], tensors[f"router.{index}.b"], *choice)
+        return norm_router(tensors[f"router.{layer.name}.a"], tensors[f"router.{layer.name}.b"], *choice)
 
     def _start(self, experts: int, width: int, generator: Any) -> tuple[Tensor, Tensor]:
         """The two layers of a router before training."""
@@ -168,14 +194,38 @@ class D2dmoe(Method):
         rank = self.options.rank or min(512, max(16, width // 4))  # 512 of 2048 for Gemma
         return uniform(rank, width, generator), uniform(experts, rank, generator)
 
+    def _distil(
+        self, model: PreTrainedModel, windows: Tensor, data: Data, progress: Progress
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Stage 0: the MLPs that take the place of attention projections, if they are to."""
+        if not self.options.projections:
+            return {}, {}
+        from .shared.projections import distil
+        from .shared.student import checkpoint_file
+
+        free = (*LATE, *ENFORCING, "rank", "epochs")
+        found, errors = distil(
+            model,
+            windows,
+            self._hidden(),
+            self.options.expert_size,
+            self.options.distill,
+            data.seed,
+            "d2dmoe distilling",
+            progress,
+            lambda stage: checkpoint_file(data, self, model, stage, free),
+        )
+        return found, {"distillation_error": {name: round(error, 4) for name, error in errors.items()}}
+
     def _enforce(
-        self, model: PreTrainedModel, data: Data, progress: Progress
+        self, model: PreTrainedModel, data: Data, progress: Progress, projections: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Stage 1: task + weight * mean over FFNs of the penalty, all parameters trained. In the model's own order."""
         if not self.options.steps:
-            return {}, {}
+            return projections, {}
         from .families import activation_of
         from .shared.penalties import sparse_loss
+        from .shared.projections import makes, stored
         from .shared.student import D2DMOE_RATE, Student, Tuning, checkpoint_file, dense_ffn, learning_rate
 
         options, relu = self.options, self.options.activation == "relu"
@@ -186,11 +236,14 @@ class D2dmoe(Method):
             "lr": rate,
             "tokens": tuning.tokens(options.steps),
         }
-        student = Student(model, tuning, None, dense_ffn("relu" if relu else activation_of(model.config)))
+        mlps = makes(projections, self._hidden(), options.expert_size) if projections else None
+        student = Student(model, tuning, None, dense_ffn("relu" if relu else activation_of(model.config)), mlps)
         loss = sparse_loss(student, options.penalty, options.weight, options.ramp, relu)
-        place = checkpoint_file(data, self, model, "sparsity", (*LATE, "expert_size", "rank", "windows", "epochs"))
+        free = (*LATE, "rank", "epochs", *(() if projections else ("expert_size", "windows", "distill")))
+        place = checkpoint_file(data, self, model, "sparsity", free)
         losses = student.train(loss, options.steps, "d2dmoe sparsity", place)
-        return student.deltas(model, {}), told | {"loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]]}
+        tensors = student.deltas(model, {}) | stored(student.layers())
+        return tensors, told | {"loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]]}
 
     def _routers(
         self, model: PreTrainedModel, tensors: dict[str, Tensor], windows: Tensor, data: Data, progress: Progress
@@ -221,14 +274,17 @@ class D2dmoe(Method):
         from .shared.selection import expert_usage, mean_density, set_thresholds, thresholds, warnings
 
         options, tried = self.options, 0
+        weights: dict[str, int] | None = None
         with sparsify(model, self.artifact(model, density, tensors, {})) as handle:
+            if options.projections:
+                weights = {n.name: sum(w.numel() for w in (n.up.weight, n.down.weight)) for n in handle.layers()}
 
             def measure(tau: float) -> float:
                 nonlocal tried
                 tried += 1
                 progress(f"d2dmoe tau for density {density:.2f}", tried, options.trials)
                 fill(tau)
-                return mean_density(expert_usage(handle, windows))
+                return mean_density(expert_usage(handle, windows), weights)
 
             def fill(tau: float) -> None:
                 for layer in handle.layers():
@@ -239,7 +295,7 @@ class D2dmoe(Method):
             elif options.rule == "dynamic":
                 fill(bisect(density, measure, options.tolerance, options.trials))
             usage, found = expert_usage(handle, windows), thresholds(handle)
-        reached = mean_density(usage)
+        reached = mean_density(usage, weights)
         told: dict[str, Any] = {"density": round(reached, 4)}
         if options.rule == "dynamic":
             told["tau"] = [round(float(tau), 6) for tau in found.values()]
@@ -249,14 +305,14 @@ class D2dmoe(Method):
         return found, told
 
 
-def uneven(usage: dict[int, Tensor]) -> list[str]:
+def uneven(usage: dict[str, Tensor]) -> list[str]:
     """A sentence if one tau leaves a layer with a fraction of the mean density, which then says little about it.
 
     The rule sees ratios to the token's largest prediction alone. Where one expert outweighs all others, these are below
     any tau that thins out the layers whose norms are alike; regression widens the gap, because predictions are nearer
     to each other than true norms, the less a router knows the more.
     """
-    density = {index: float(share.mean()) for index, share in usage.items()}
+    density = {name: float(share.mean()) for name, share in usage.items()}
     low, high = min(density, key=density.__getitem__), max(density, key=density.__getitem__)
     if density[low] >= 0.25 * sum(density.values()) / len(density):
         return []

@@ -251,6 +251,9 @@ def why_not(model: PreTrainedModel, length: int = 0) -> str | None:
         return f"the decode runtime has no block for architecture '{model.config.model_type}' yet."
     if getattr(model.config, "do_layer_norm_before", True) is False:
         return "the decode runtime norms before attention and FFN, this model after them."
+    modules = model.get_submodule(layout.layers).children()
+    if any(isinstance(m.get_submodule(layout.linears[site]), ExpertFFN) for m in modules for site in "qkvo"):
+        return "the decode runtime has no block for attention projections that are MLPs."
     return None
 
 

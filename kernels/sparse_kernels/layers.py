@@ -123,6 +123,11 @@ class SparseLayer(nn.Module, ABC):
         self.count: Tensor | None = None
 
     @property
+    def name(self) -> str:
+        """Under which artifacts hold its tensors: its block, and its site where that is not the FFN."""
+        return str(self.layer) if self.site == "ffn" else f"{self.layer}.{self.site}"
+
+    @property
     @abstractmethod
     def units(self) -> int: ...
 
@@ -136,6 +141,10 @@ class SparseLayer(nn.Module, ABC):
     @property
     def overhead(self) -> int:
         return 0
+
+    def share(self, density: float) -> float:
+        """What it uses at this density, over the weights of the model's own that it stands for."""
+        return density
 
     @property
     def read(self) -> Tensor | None:

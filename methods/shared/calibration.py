@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -187,17 +188,23 @@ def later(x: Tensor, window: int) -> Tensor:
 def ffn_inputs(
     handle: SparseModel, windows: Tensor, label: str, progress: Progress = silent, batch: int = 8
 ) -> Iterator[tuple[ExpertFFN, Tensor]]:
-    """For each expert FFN of an attached model: the layer and its inputs [tokens, d] when everything is dense.
+    """For each layer of experts of an attached model: it and its inputs [tokens, d] when everything is dense.
 
     Block after block, so that the inputs of one are alive at a time; without first positions.
     """
-    layers = [layer for layer in handle.layers() if isinstance(layer, ExpertFFN)]
-    found: list[Tensor] = []
+    layers: dict[int, list[ExpertFFN]] = defaultdict(list)
+    for layer in handle.layers():
+        if isinstance(layer, ExpertFFN):
+            layers[layer.layer].append(layer)
+    found: dict[ExpertFFN, list[Tensor]] = defaultdict(list)
+
+    def remember(layer: Any, args: tuple[Any, ...]) -> None:
+        found[layer].append(args[0].detach())
 
     def listen(index: int) -> list[Any]:
-        return [layers[index].register_forward_pre_hook(lambda module, args: found.append(args[0].detach()))]
+        return [layer.register_forward_pre_hook(remember) for layer in layers[index]]
 
     with handle.dense():
         for index in walk(handle.model, windows, listen, label, progress, batch):
-            yield layers[index], torch.cat([later(x, windows.shape[1]) for x in found])
-            found.clear()
+            for layer in layers[index]:
+                yield layer, torch.cat([later(x, windows.shape[1]) for x in found.pop(layer)])

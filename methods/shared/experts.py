@@ -56,13 +56,18 @@ def dequantise(tensors: dict[str, Tensor], name: str) -> Tensor:
 
 
 def reordered(deltas: dict[str, Tensor], model: PreTrainedModel, permutations: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Differences that were taken in the model's own order of neurons, in the order of `permutations`."""
+    """Differences and projections that were taken in their own order of neurons, in the order of `permutations`."""
     found = dict(deltas)
     for name, (permutation, axis) in neuron_order(model, permutations).items():
         if f"delta.{name}" in found:
             found[f"delta.{name}"] = permuted(found[f"delta.{name}"], (permutation, axis))
             if axis == 0 and found[f"delta.{name}"].dim() > 1:
                 found[f"scale.{name}"] = permuted(found[f"scale.{name}"], (permutation, 0))
+    for key, order in permutations.items():
+        for part, axis in (("up.weight", 0), ("up.bias", 0), ("down.weight", 1)):
+            name = f"projection.{key.removeprefix('permutation.')}.{part}"
+            if name in found:
+                found[name] = permuted(found[name], (order.long(), axis))
     return found
 
 

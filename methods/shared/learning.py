@@ -105,7 +105,7 @@ def learn(
     caught: dict[str, list[float]] = {"captured": [], "possible": []}
     with sparsify(model, method.artifact(model, None, tensors, {})) as handle:
         for layer, x in ffn_inputs(handle, windows, method.name, progress):
-            measure, router, index = importance(layer, x), start(layer), layer.layer
+            measure, router, index = importance(layer, x), start(layer), layer.name
             if router is None:
                 continue
             router.to(x.device)

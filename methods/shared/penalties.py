@@ -30,19 +30,27 @@ def penalty(a: Tensor, kind: str) -> Tensor:
 def sparse_loss(student: Student, kind: str, weight: float, ramp: str, relu: bool) -> Callable[[Tensor, float], Tensor]:
     """task + weight * ramp * penalty / neurons, mean over tokens and FFNs, of what the gate (else up) activates.
 
-    With relu that is the activation itself; else how far its input is above the floor.
+    With relu that is the activation itself; else how far its input is above the floor. Projections, where the student
+    has them, are averaged apart and count as much as the FFNs.
     """
-    found: list[Tensor] = []
+    found: dict[bool, list[Tensor]] = {}
 
-    def listen(module: nn.Module, args: Any, z: Tensor) -> None:
-        a = z.float().relu() if relu else z.float().clamp(min=FLOOR) - FLOOR
-        found.append(penalty(a, kind).mean() / a.shape[-1])
+    def listen(is_ffn: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, z: Tensor) -> None:
+            a = z.float().relu() if relu else z.float().clamp(min=FLOOR) - FLOOR
+            found[is_ffn].append(penalty(a, kind).mean() / a.shape[-1])
+
+        return hook
 
     for layer in student.layers():
-        (layer.up if layer.gate is None else layer.gate).register_forward_hook(listen)
+        (layer.up if layer.gate is None else layer.gate).register_forward_hook(listen(layer.site == "ffn"))
+        found[layer.site == "ffn"] = []
 
     def loss(windows: Tensor, done: float) -> Tensor:
-        found.clear()
-        return student.task_loss(windows) + weight * RAMPS[ramp](done) * torch.stack(found).mean()
+        for kept in found.values():
+            kept.clear()
+        task = student.task_loss(windows)
+        total = sum(torch.stack(kept).mean() for kept in found.values())
+        return task + weight * RAMPS[ramp](done) * total
 
     return loss

@@ -20,24 +20,24 @@ RARELY = 0.01  # an expert that fewer tokens use, or that all but these use, tel
 
 
 @torch.no_grad()
-def expert_usage(handle: SparseModel | Student, windows: Tensor) -> dict[int, Tensor]:
-    """For each layer the share of tokens that run each expert, float [experts], over up to 16 windows.
+def expert_usage(handle: SparseModel | Student, windows: Tensor) -> dict[str, Tensor]:
+    """For each layer by name the share of tokens that run each expert, float [experts], over up to 16 windows.
 
     As under mode decode: the first half of every window is dense, and the second half, all sparse, is counted.
     """
     device = next(handle.model.parameters()).device
     layers: list[ExpertFFN] = list(handle.layers())
-    counts = {layer.layer: torch.zeros(layer.units, device=device) for layer in layers}
+    counts = {layer.name: torch.zeros(layer.units, device=device) for layer in layers}
     late = torch.arange(windows.shape[1], device=device) >= windows.shape[1] // 2
     tokens = 0
 
-    def listen(index: int) -> Any:
+    def listen(name: str) -> Any:
         def hook(module: nn.Module, args: Any, keep: Tensor) -> None:
-            counts[index] += keep.reshape(-1, len(late), keep.shape[-1])[:, late].float().sum((0, 1))
+            counts[name] += keep.reshape(-1, len(late), keep.shape[-1])[:, late].float().sum((0, 1))
 
         return hook
 
-    hooks = [n.selector.register_forward_hook(listen(n.layer)) for n in layers if n.selector is not None]
+    hooks = [n.selector.register_forward_hook(listen(n.name)) for n in layers if n.selector is not None]
     try:
         for part in windows[:WINDOWS].split(BATCH):
             with handle.positions(late.expand(len(part), -1)):
@@ -46,22 +46,26 @@ def expert_usage(handle: SparseModel | Student, windows: Tensor) -> dict[int, Te
     finally:
         for hook in hooks:
             hook.remove()
-    return {index: (count / tokens).cpu() for index, count in counts.items()}
+    return {name: (count / tokens).cpu() for name, count in counts.items()}
 
 
-def mean_density(usage: dict[int, Tensor]) -> float:
-    """All layers weighted equally."""
-    return float(torch.stack([share.mean() for share in usage.values()]).mean())
+def mean_density(usage: dict[str, Tensor], weights: dict[str, int] | None = None) -> float:
+    """Of all layers; weights: how much each counts, by name, all the same if None."""
+    shares = torch.stack([share.mean() for share in usage.values()])
+    if weights is None:
+        return float(shares.mean())
+    counted = torch.tensor([weights[name] for name in usage], dtype=torch.float64)
+    return float((shares * counted).sum() / counted.sum())
 
 
-def warnings(usage: dict[int, Tensor]) -> list[str]:
+def warnings(usage: dict[str, Tensor]) -> list[str]:
     """One sentence for every layer whose experts run for all tokens or for none: its router has collapsed."""
     found = []
-    for index, share in usage.items():
+    for name, share in usage.items():
         always, never = int((share >= 1 - RARELY).sum()), int((share <= RARELY).sum())
         if always + never == len(share):
             found.append(
-                f"layer {index}: the router does not depend on the token, {always} of {len(share)} experts run for "
+                f"layer {name}: the router does not depend on the token, {always} of {len(share)} experts run for "
                 f"practically all tokens and {never} for none"
             )
     return found
@@ -120,4 +124,4 @@ def set_thresholds(handle: SparseModel, windows: Tensor, density: float) -> None
 
 def thresholds(handle: SparseModel) -> dict[str, Tensor]:
     """`threshold.<block>` float32 [1] as they are now."""
-    return {f"threshold.{layer.layer}": layer.selector.threshold.cpu().clone() for layer in handle.layers()}
+    return {f"threshold.{layer.name}": layer.selector.threshold.cpu().clone() for layer in handle.layers()}

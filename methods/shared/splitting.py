@@ -41,15 +41,17 @@ def split(
 ) -> dict[str, Tensor]:
     """`permutation.<block>` int32 [neurons], in which experts of `size` are contiguous, and `deltas` in that order.
 
-    deltas: weight differences in the model's own order of neurons, or nothing; kind: one of SPLITS; windows: text, for
-    co-activation alone.
+    deltas: weight differences in the model's own order of neurons, and projections in theirs, or nothing; kind: one of
+    SPLITS; windows: text, for co-activation alone.
     """
     with sparsify(model, method.artifact(model, None, deltas, {})) as handle:
         order = {}
         for layer, labels in _labels(handle, kind, size, windows, seed, method.name, progress):
-            order[f"permutation.{layer.layer}"] = expert_permutation(labels).int().cpu()
+            order[f"permutation.{layer.name}"] = expert_permutation(labels).int().cpu()
             progress(f"{method.name} grouping neurons", len(order), len(handle.layers()))
-    return order | reordered(deltas, model, order)
+    found = reordered(deltas, model, order)
+    ours = {name: permutation for name, permutation in order.items() if f"projection{name[11:]}.up.weight" not in found}
+    return ours | found
 
 
 def _labels(

@@ -100,7 +100,8 @@ def dense_ffn(activation: str) -> Callable[[Block, Phase, Meter], ExpertFFN]:
 class Student:
     """A float32 copy of a model, everything but embeddings and lm_head trainable; or low-rank updates and routers.
 
-    permutations: neuron orders, `permutation.<block>` int [neurons]; layer: makes what stands in for a block's FFN.
+    permutations: neuron orders, `permutation.<block>` int [neurons]; layer: makes what stands in for a block's FFN;
+    projections: makes what stands in for linear layers of a block, by their names.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Student:
         tuning: Tuning,
         permutations: dict[str, Tensor] | None = None,
         layer: Callable[[Block, Phase, Meter], ExpertFFN] | None = None,
+        projections: Callable[[Block, Phase, Meter], dict[str, ExpertFFN]] | None = None,
     ) -> None:
         self.tuning, self.phase, self.meter = tuning, Phase(), Meter()
         self.phase.active = True
@@ -126,8 +128,13 @@ class Student:
             assert layer is not None
             self._layers.append(layer(block, self.phase, self.meter))
             place_ffn(block, self._layers[-1], self._set)
+        for block in found if projections else ():
+            assert projections is not None
+            for site, made in projections(block, self.phase, self.meter).items():
+                self._layers.append(made.requires_grad_(True))
+                self._set(f"{block.path}.{block.layout.linears[site]}", made)
         now = {id(parameter): name for name, parameter in self.model.named_parameters()}
-        self._names = {name: now[id(parameter)] for name, parameter in named.items()}
+        self._names = {name: now[id(p)] for name, p in named.items() if id(p) in now}
         if tuning.lora_rank:
             for parameter in named.values():
                 parameter.requires_grad_(False)
@@ -135,7 +142,7 @@ class Student:
 
     @property
     def parameters(self) -> dict[str, Tensor]:
-        """By the names of the base model, updates merged."""
+        """By the names of the base model, updates merged; without those of layers that another stands in for."""
         found = {}
         for name, now in self._names.items():
             module, _, attribute = now.rpartition(".")
@@ -143,7 +150,7 @@ class Student:
         return found
 
     def layers(self) -> list[ExpertFFN]:
-        """What stands in for the FFNs, in model order."""
+        """What stands in for the FFNs, in model order, and then for projections."""
         return self._layers
 
     @contextmanager
@@ -213,8 +220,8 @@ class Student:
         found: dict[str, Tensor] = {}
         order, parameters = neuron_order(base, permutations), self.parameters
         for name, original in base.named_parameters():
-            parameter = parameters[name]
-            if parameter.requires_grad:
+            parameter = parameters.get(name)
+            if parameter is not None and parameter.requires_grad:
                 delta = parameter.detach() - permuted(original.detach(), order.get(name)).float()
                 found[f"delta.{name}"], found[f"scale.{name}"] = quantise(delta)
         return found

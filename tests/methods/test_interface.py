@@ -24,6 +24,7 @@ SPECS = {
     "moefication-relufied": "moefication:variant=relufied:relu_steps=1:batch=2:windows=16:epochs=1",
     "moefication-oracle": "moefication:split=random:selector=oracle:windows=16",
     "d2dmoe": "d2dmoe:steps=2:batch=2:windows=16:epochs=1:lr=0.01",
+    "d2dmoe-projections": "d2dmoe:steps=1:batch=2:windows=16:epochs=1:projections=true:distill=1:expert_size=8",
     "d2dmoe-top-k": "d2dmoe:steps=0:windows=16:epochs=1:rule=top-k",
     "spark": "spark:windows=4",
     "spark-soft": "spark:variant=soft:multiplier=gaussian",
