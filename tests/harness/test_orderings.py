@@ -62,7 +62,7 @@ def test_the_entries_name_methods_and_options_that_exist() -> None:
 @pytest.mark.parametrize("shift, verdict", [(0.2, "**seen** (1 of 1)"), (0.0, "**not seen** (0 of 1)")])
 def test_verdicts(shift: float, verdict: str) -> None:
     page = text(cell("moefication", 0.5), cell("moefication", 0.5, shift, selector="similarity"))
-    found = line(page, "a learned router")
+    found = line(page, "a learned router beats similarity")
     assert verdict in found and "MoEfication, table 2" in found
     assert (f"0.5: {-shift:+.3f} [" in found) == bool(shift)
     assert "**not measured**" in line(page, "LTE beats MoEfication ")
@@ -102,4 +102,4 @@ def test_nothing_is_said_where_nothing_was_measured() -> None:
     assert "orderings" not in report.page(rows.group([synthetic("dense"), synthetic("lte", 0.5)]))
     twice = [cell("moefication", 0.5), cell("moefication", 0.5, 0.1, selector="similarity")]
     again = [{**r, "key": r["key"] + "b", "cell": {**r["cell"], "batch": 8}} for r in [record(), *twice]]
-    assert text(*twice, *again).count("a learned router") == 1
+    assert text(*twice, *again).count("a learned router beats similarity") == 1
