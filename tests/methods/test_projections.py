@@ -177,3 +177,15 @@ def test_random_weights_have_projections_too(make: Any) -> None:
 def test_models_without_a_place_for_it_are_told() -> None:
     with pytest.raises(UsageError, match="projections=true"):
         prepare(gemma3n())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_decode_steps_read_the_chosen_experts_alone(rows: int) -> None:
+    """The path of the kernels, whose definitions run here; in and out differ for k and v."""
+    model = MODELS["llama"]()
+    with sparsify(model, prepare(model, density=0.3)) as handle, handle.sparse():
+        for layer in (n for n in handle.layers() if isinstance(n, ProjectionMLP)):
+            x = torch.randn(rows, 64)
+            expected = layer(x)
+            assert torch.allclose(layer._skip(x, layer.selector), expected, atol=1e-5)
+            assert layer.count is not None and 0 < int(layer.count) <= layer.units
