@@ -144,7 +144,8 @@ class Dejavu(Method):
         for density in densities:
             plan = plans[_given(density)]
             tensors = plan.finish()
-            yield self.artifact(model, density, tensors, manifest | plan.told | {"seconds": seconds})
+            more = {"notes": manifest["notes"] + plan.notes, "seconds": seconds}
+            yield self.artifact(model, density, tensors, manifest | plan.told | more)
 
     def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
         """Random predictors; their k gives the density."""
@@ -253,7 +254,7 @@ class _Plan:
     """What one density takes: predictors, and how many units run in each block."""
 
     def __init__(self, method: Dejavu, model: PreTrainedModel, density: float) -> None:
-        from .families import groups_for, heads_of, neurons_of
+        from .families import coarse, groups_for, heads_of, neurons_of
         from .shared.routers import experts_for
 
         self.method, self.density, self.blocks = method, density, model.config.num_hidden_layers
@@ -269,6 +270,7 @@ class _Plan:
         self.tensors: dict[str, Tensor] = {}
         self.known: dict[str, dict[int, Any]] = {"heads": {}, "ffn": {}}
         self.told: dict[str, Any] = {}
+        self.notes = coarse(density, groups) if "heads" in method._parts() else []
 
     def add(self, part: str, index: int, router: Router, seen: tuple[Tensor, Tensor] | None = None) -> None:
         """seen: x and labels, whose last tokens judge the predictor; without them nothing is known of it."""

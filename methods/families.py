@@ -208,6 +208,16 @@ def no_groups(method: str, density: float, groups: int) -> str | None:
     )
 
 
+def coarse(density: float, groups: int) -> list[str]:
+    """A note where no whole number of groups is within 0.01 of the density."""
+    k = _share(density, groups)
+    if abs(k / groups - density) <= 0.01:
+        return []
+    return [
+        f"{groups} KV groups allow densities in steps of {1 / groups:.3f}: {k} of them run, density {k / groups:.3f}"
+    ]
+
+
 def _share(density: float, groups: int) -> int:
     return math.floor(density * groups + 1e-9)  # 0.7 x 10 is 6.999...
 

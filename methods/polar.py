@@ -105,7 +105,7 @@ class Polar(Method):
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:
-        from .families import groups_for, heads_of
+        from .families import coarse, groups_for, heads_of
         from .shared.predictors import activations, manifest_of
 
         if reason := self.why_not(model.config):
@@ -130,12 +130,16 @@ class Polar(Method):
                 made, ffn[str(index)] = self._ffn_router(model, data, found, progress)
                 shared |= made
         told |= {"activation_bytes": held + told["activation_bytes"]} | ({"ffn": ffn} if ffn else {})
-        spent = perf_counter() - start
+        notes, spent = told["notes"], perf_counter() - start
         for given in densities:
             start, target = perf_counter(), _given(given)
             done = self._with_k(tensors[target] | shared, model, wanted[target])
             done, critical = self._critical(model, done, target, wanted[target], data, progress)
-            told |= {"heads": judged[target], "seconds": round(spent + perf_counter() - start, 1)}
+            told |= {
+                "notes": notes + coarse(target, groups),
+                "heads": judged[target],
+                "seconds": round(spent + perf_counter() - start, 1),
+            }
             yield self.artifact(model, given, done, told | critical)
 
     def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:

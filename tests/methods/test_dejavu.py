@@ -147,6 +147,7 @@ def test_a_linear_rule_is_learned():
 def test_what_predictors_are_judged_by():
     model = llama()
     manifest = prepared(model).manifest
+    assert manifest["notes"] == [] and "1 of them run" in prepared(model, density=0.7).manifest["notes"][0]
     assert set(manifest["ffn"]) == set(manifest["heads"]) == {"1"}
     ffn = manifest["ffn"]["1"]
     assert ffn["k"] == 64 and ffn["true"] == 0.5 and ffn["precision"] == pytest.approx(ffn["recall"], abs=1e-3)

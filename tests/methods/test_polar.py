@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from harness import cost
 from methods import UsageError, sparsify
-from methods.families import groups_for
+from methods.families import coarse, groups_for
 from methods.registry import create, parse
 from methods.runtime import runtime
 from methods.shared.heads import group_norms, head_norms
@@ -255,6 +255,7 @@ def test_what_cannot_be_served_is_one_sentence():
             setattr(changed, name, value)
         assert sentence in method.why_not(changed)
     assert method.unreachable(llama().config, 0.5) is None
+    assert coarse(0.5, 4) == [] and "2 of them run, density 0.500" in coarse(0.7, 4)[0]
     assert "choose --density 0.5 or more" in method.unreachable(llama().config, 0.49)
     with pytest.raises(UsageError, match="add --density"):
         method.synthesize(llama(), None, windows(1))
