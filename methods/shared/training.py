@@ -181,6 +181,7 @@ class _Team:
     def prepare(self, step_loss: nn.Module, optimiser: Any) -> tuple[nn.Module, Any]:
         if not self.divide:
             return step_loss, optimiser
+        self.hub.free_memory()  # which an interrupted training may still hold
         if plugin := _fsdp(self.hub):
             plugin.transformer_cls_names_to_wrap = step_loss.blocks  # of this model, not of an earlier one
         prepared: tuple[nn.Module, Any] = self.hub.prepare(step_loss, optimiser, device_placement=[False, False])

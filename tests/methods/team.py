@@ -53,7 +53,6 @@ if __name__ == "__main__":
         tuned(out, 3)
     except KeyboardInterrupt:
         pass
-    training._Team(divide=True).leave()
     found, losses = tuned(None)
     assert training.agreed(float(training.accelerator().process_index)) == 0.0
     save_file(found.state() | {"losses": torch.tensor(losses)}, out / f"rank{training.accelerator().process_index}")
