@@ -15,13 +15,13 @@ from .rows import Group, Row
 from .tables import NONE, github
 
 DATA = Path(__file__).with_name("orderings.toml")
-MORE, LESS = 0.02, 0.08  # by which shares the better cell may have more, or less, of what should be equal
+MORE, LESS = 0.01, 0.05  # which the better cell may have more, or less, of what should be equal
 # Options that say how a cell reaches its density, or when to stop trying: they may differ within a pair.
 SEARCH = frozenset(("tolerance", "trials", "scope", "eta"))
 
 HOW_TO_READ = f"""\
-Pairs of cells of one table, the first not more than {100 * MORE:g} % above and not more than {100 * LESS:g} % below the
-second in what the ordering holds equal (realised density of the FFNs, or executed FLOPs of a token). Difference of the
+Pairs of cells of one table, the first with not more than {MORE:g} more and {LESS:g} less than the second of what the
+ordering holds equal: realised density of the FFNs, or executed FLOPs of a token as a share of dense. Difference of the
 mean negative log-likelihood, nats/token, paired over windows, with its 95 % interval; below zero the ordering holds.
 **seen**: the whole interval is below zero in every pair; **not seen**: it is not, in at least one; **not measured**:
 there is no such pair."""
@@ -38,8 +38,11 @@ class Ordering:
     equal: str
 
     def amount(self, row: Row) -> float | None:
-        """What the cells of a pair should have equally much of."""
-        return row.ffn.get("mean") if self.equal == "density" else row.decode.get("flops")
+        """What the cells of a pair should have equally much of, as a share of dense."""
+        if self.equal == "density":
+            return row.ffn.get("mean")
+        executed, dense = row.decode.get("flops"), row.decode.get("flops_dense")
+        return executed / dense if executed and dense else None
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def pairs(ordering: Ordering, rows: Sequence[Row]) -> list[Pair]:
             if _is(other, ordering.worse)
             and _alike(row, other, ordering)
             and (other_amount := ordering.amount(other)) is not None
-            and amount / (1 + MORE) <= other_amount <= amount / (1 - LESS)
+            and amount - MORE <= other_amount <= amount + LESS
         ]
         if others:
             found.append(Pair(row, min(others, key=lambda pair: pair[0])[1]))
