@@ -7,17 +7,11 @@ import importlib
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
 
 UNAVAILABLE = "unavailable"
 LIBRARIES = {"torch": "torch", "triton": "triton", "transformers": "transformers", "lm_eval": "lm-eval"}
@@ -195,11 +189,10 @@ def energy_counter(device: str) -> Callable[[], int] | None:
 
 
 def process_memory(device: str) -> int | None:
-    """Bytes that this process holds: on the GPU as its driver counts them (None: it does not), else its peak in RAM."""
+    """Bytes that this process holds on the GPU as its driver counts them; None where it does not, and on a CPU, where a
+    process keeps what earlier cells took."""
     if not device.startswith("cuda"):
-        if resource is None:
-            return None
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return None
     processes = _read("nvmlDeviceGetComputeRunningProcesses", _handle(device))
     own = [p.usedGpuMemory for p in processes if p.pid == os.getpid()] if isinstance(processes, list) else []
     return own[0] if own else None

@@ -135,7 +135,7 @@ def test_a_prompt_runs_in_its_mode_and_over_the_single_storage(make: Any, mode: 
         samples = [run for block in found["prefill"][way]["samples"] for run in block]
         assert found["prefill"][way]["prefill"]["n"] == len(samples) >= 3
         assert all(0 < until_logits <= until_token for until_logits, until_token in samples)
-    assert found["memory"]["process"] > 2**26 and found["memory"]["alone"] is None
+    assert set(found["memory"].values()) == {None}
     for name, parameter in model.named_parameters():  # captured graphs read these addresses
         address, value = weights[name]
         assert parameter.data_ptr() == address and torch.equal(parameter, value)
