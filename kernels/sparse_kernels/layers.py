@@ -193,7 +193,8 @@ class SparseLinear(SparseLayer):
     def __init__(self, linear: nn.Linear, threshold: Tensor, site: str, layer: int, phase: Phase, meter: Meter) -> None:
         super().__init__(site, layer, phase, meter)
         self.linear = linear
-        self.register_buffer("threshold", threshold.detach().float().reshape(1).to(linear.weight.device))
+        own = threshold.detach().to(linear.weight.device, torch.float32, copy=True)  # layers are given the same tensor
+        self.register_buffer("threshold", own.reshape(1))
         self.weight_t = torch.empty(0)
 
     @property
