@@ -77,6 +77,12 @@ class Method:
         self.given = dict(given)
         self.options = self.Options(**given)
 
+    def target(self, density: float | None) -> float:
+        """The density, for a method that needs one. Raises UsageError where none is given."""
+        if density is None:
+            raise UsageError(f"{self.name} needs a target density: add --density 0.5.")
+        return density
+
     def why_not(self, config: Any) -> str | None:
         """One sentence when the method cannot serve a model with this transformers config, else None."""
         return None

@@ -124,7 +124,7 @@ class D2dmoe(Method):
         shared = perf_counter() - start
         for density in densities:
             start = perf_counter()
-            found, told = self._reach(model, tensors, _given(density), data.calibration, progress)
+            found, told = self._reach(model, tensors, self.target(density), data.calibration, progress)
             told |= {"notes": notes, "seconds": round(shared + perf_counter() - start, 1)}
             yield self.artifact(model, density, tensors | found, manifest | told)
 
@@ -151,10 +151,10 @@ class D2dmoe(Method):
             for name, shape in experts.items():
                 a, b = self._start(*shape, generator)
                 tensors |= {f"router.{name}.a": a.bfloat16(), f"router.{name}.b": b.bfloat16()}
-        artifact = self.artifact(model, _given(density), tensors, {})
+        artifact = self.artifact(model, self.target(density), tensors, {})
         if self.options.rule == "dynamic" and self.options.selector == "router":
             with sparsify(model, artifact) as handle:
-                set_thresholds(handle, tokens, _given(density))
+                set_thresholds(handle, tokens, self.target(density))
                 tensors |= thresholds(handle)
         return self.artifact(model, density, tensors, {"synthetic": True})
 
@@ -320,9 +320,3 @@ def uneven(usage: dict[str, Tensor]) -> list[str]:
         f"one tau for the model leaves layer {low} with density {density[low]:.2f} and layer {high} with "
         f"{density[high]:.2f}: scope=layer gives each layer its own"
     ]
-
-
-def _given(density: float | None) -> float:
-    if density is None:
-        raise UsageError("d2dmoe needs a target density: add --density 0.5.")
-    return density

@@ -121,7 +121,7 @@ class Dejavu(Method):
             raise UsageError(reason)
         start, windows = perf_counter(), data.train(self.options.windows)
         manifest = manifest_of(model, windows, self.options.windows, data, self.options.selector)
-        plans = {_given(density): _Plan(self, model, _given(density)) for density in densities}
+        plans = {self.target(density): _Plan(self, model, self.target(density)) for density in densities}
         places = {self.options.place(part, 0)[0] for part in self._parts()}
         kinds = {part: list(dict.fromkeys(plan.kinds[part] for plan in plans.values())) for part in self._parts()}
         mark = partial(_needed, kinds["ffn"]) if "ffn" in kinds else None
@@ -142,7 +142,7 @@ class Dejavu(Method):
         manifest["activation_bytes"] += held
         seconds = round((perf_counter() - start) / len(plans), 1)
         for density in densities:
-            plan = plans[_given(density)]
+            plan = plans[self.target(density)]
             tensors = plan.finish()
             more = {"notes": manifest["notes"] + plan.notes, "seconds": seconds}
             yield self.artifact(model, density, tensors, manifest | plan.told | more)
@@ -151,7 +151,7 @@ class Dejavu(Method):
         """Random predictors; their k gives the density."""
         from .families import blocks
 
-        plan = _Plan(self, model, _given(density))
+        plan = _Plan(self, model, self.target(density))
         for block in blocks(model):
             for part in self._parts():
                 if self.options.place(part, block.index)[1] >= 0:
@@ -254,7 +254,7 @@ class _Plan:
     """What one density takes: predictors, and how many units run in each block."""
 
     def __init__(self, method: Dejavu, model: PreTrainedModel, density: float) -> None:
-        from .families import coarse, groups_for, heads_of, neurons_of
+        from .families import coarse, groups_for, heads_of, is_relu, neurons_of
         from .shared.routers import experts_for
 
         self.method, self.density, self.blocks = method, density, model.config.num_hidden_layers
@@ -263,7 +263,7 @@ class _Plan:
         self.units = {"heads": groups, "ffn": neurons}
         self.k = {"ffn": experts_for(density, neurons)}
         # How many units labels call needed; with ReLU it is those neurons that are not zero, whatever the density.
-        self.kinds = {"ffn": 0 if _is_relu(model.config) else experts_for(share, neurons)}
+        self.kinds = {"ffn": 0 if is_relu(model.config) else experts_for(share, neurons)}
         if "heads" in method._parts():
             self.k["heads"] = groups_for(method.name, density, groups)
             self.kinds["heads"] = groups_for(method.name, share, groups)
@@ -299,15 +299,3 @@ class _Plan:
             if all(known.values()):
                 self.told[part] = {str(i): found.at(chosen[i]) for i, found in known.items()}
         return self.tensors
-
-
-def _is_relu(config: Any) -> bool:
-    from .families import activation_of
-
-    return activation_of(config).startswith("relu")
-
-
-def _given(density: float | None) -> float:
-    if density is None:
-        raise UsageError("dejavu needs a target density: add --density 0.5.")
-    return density

@@ -136,6 +136,11 @@ def activation_of(config: Any) -> str:
     return ACTIVATION_NAMES[name]
 
 
+def is_relu(config: Any) -> bool:
+    """Whether FFN neurons are often exactly zero. Raises UsageError for an activation the kernels do not have."""
+    return activation_of(config).startswith("relu")
+
+
 def blocks(model: PreTrainedModel) -> Iterator[Block]:
     """The decoder blocks of a transformers causal language model, first to last.
 

@@ -91,9 +91,7 @@ class Lte(Method):
             raise UsageError(reason)
         trainer = _Trainer(self, model, data, progress)
         for density in densities:
-            if density is None:
-                raise UsageError("lte needs a target density: add --density 0.5.")
-            tensors, manifest = trainer.reach(density)
+            tensors, manifest = trainer.reach(self.target(density))
             yield self.artifact(model, density, tensors, manifest)
 
     def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
@@ -103,8 +101,7 @@ class Lte(Method):
         from .families import blocks
         from .shared.selection import set_thresholds, thresholds
 
-        if density is None:
-            raise UsageError("lte needs a target density: add --density 0.5.")
+        target = self.target(density)
         tensors: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(0)
         for block in blocks(model):
@@ -112,7 +109,7 @@ class Lte(Method):
             router = torch.randn(width // self.options.expert_size, hidden, generator=generator) * hidden**-0.5
             tensors[f"router.{block.index}"] = router.to(torch.bfloat16)
         with sparsify(model, self.artifact(model, density, tensors, {})) as handle:
-            set_thresholds(handle, tokens, density)
+            set_thresholds(handle, tokens, target)
             tensors |= thresholds(handle)
         return self.artifact(model, density, tensors, {"synthetic": True})
 

@@ -73,11 +73,11 @@ class Moefication(Method):
     options: MoeficationOptions
 
     def why_not(self, config: Any) -> str | None:
-        from .families import activation_of, why_no_experts
+        from .families import activation_of, is_relu, why_no_experts
 
         if reason := why_no_experts(self.name, config, self.options.expert_size):
             return reason
-        if self.options.variant == "relu" and not _is_relu(config):
+        if self.options.variant == "relu" and not is_relu(config):
             return (
                 f"moefication:variant=relu needs a model with ReLU, this one has {activation_of(config)}: "
                 "choose variant=mean or variant=relufied."
@@ -108,15 +108,18 @@ class Moefication(Method):
             manifest["control"] = "the oracle computes the whole hidden layer to decide what of it to skip"
         shared = perf_counter() - start
         for density in densities:
-            start, artifact = perf_counter(), self.artifact(model, _given(density), tensors | routers, dict(manifest))
+            start, artifact = (
+                perf_counter(),
+                self.artifact(model, self.target(density), tensors | routers, dict(manifest)),
+            )
             with sparsify(model, artifact) as handle:
                 usage = expert_usage(handle, data.calibration)
                 units = handle.layers()[0].units
             artifact.manifest.update(
-                k=experts_for(_given(density), units),
+                k=experts_for(self.target(density), units),
                 experts=units,
                 density=round(mean_density(usage), 4),
-                notes=notes + off_target(_given(density), units),
+                notes=notes + off_target(self.target(density), units),
                 warnings=warnings(usage),
                 seconds=round(shared + perf_counter() - start, 1),
             )
@@ -137,7 +140,7 @@ class Moefication(Method):
             tensors[f"router.{block.index}.b"] = uniform(units, units, generator).bfloat16()
             if self._variant(model.config) == "mean":
                 tensors[f"mean.{block.index}"] = torch.zeros(neurons)
-        return self.artifact(model, _given(density), tensors, {"synthetic": True})
+        return self.artifact(model, self.target(density), tensors, {"synthetic": True})
 
     def attach(self, attachment: Attachment) -> None:
         from .families import activation_of
@@ -148,7 +151,9 @@ class Moefication(Method):
         attach_experts(attachment, activation, self.options.expert_size, partial(self._selector, attachment.artifact))
 
     def _variant(self, config: Any) -> str:
-        return self.options.variant if self.options.variant != "auto" else "relu" if _is_relu(config) else "mean"
+        from .families import is_relu
+
+        return self.options.variant if self.options.variant != "auto" else "relu" if is_relu(config) else "mean"
 
     def _selector(self, artifact: Artifact, index: int, layer: ExpertFFN) -> Selector | None:
         from sparse_kernels.selectors import Oracle, Router
@@ -231,15 +236,3 @@ class Moefication(Method):
         if self.options.selector == "random":  # directions drawn at random: what a router is worth untaught
             return Router((uniform(layer.units, layer.up.in_features, generator),), "top-k", k=1)
         return None
-
-
-def _is_relu(config: Any) -> bool:
-    from .families import activation_of
-
-    return activation_of(config).startswith("relu")
-
-
-def _given(density: float | None) -> float:
-    if density is None:
-        raise UsageError("moefication needs a target density: add --density 0.5.")
-    return density

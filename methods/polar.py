@@ -89,11 +89,11 @@ class Polar(Method):
     options: PolarOptions
 
     def why_not(self, config: Any) -> str | None:
-        from .families import activation_of, why_no_heads
+        from .families import activation_of, is_relu, why_no_heads
 
         if reason := why_no_heads(self.name, config):
             return reason
-        if self.options.ffn == "sparse" and not _is_relu(config):
+        if self.options.ffn == "sparse" and not is_relu(config):
             return f"polar:ffn=sparse needs a model with ReLU, this one has {activation_of(config)}: choose ffn=auto."
         return None
 
@@ -113,7 +113,7 @@ class Polar(Method):
         start, windows = perf_counter(), data.train(self.options.windows)
         told = manifest_of(model, windows, self.options.windows, data, self.options.selector)
         groups = heads_of(model.config)[1]
-        wanted = {_given(density): groups_for(self.name, _given(density), groups) for density in densities}
+        wanted = {self.target(density): groups_for(self.name, self.target(density), groups) for density in densities}
         tensors: dict[float, dict[str, Tensor]] = {density: {} for density in wanted}
         judged: dict[float, dict[str, Any]] = {density: {} for density in wanted}
         shared: dict[str, Tensor] = {}
@@ -132,7 +132,7 @@ class Polar(Method):
         told |= {"activation_bytes": held + told["activation_bytes"]} | ({"ffn": ffn} if ffn else {})
         notes, spent = told["notes"], perf_counter() - start
         for given in densities:
-            start, target = perf_counter(), _given(given)
+            start, target = perf_counter(), self.target(given)
             done = self._with_k(tensors[target] | shared, model, wanted[target])
             done, critical = self._critical(model, done, target, wanted[target], data, progress)
             told |= {
@@ -152,7 +152,7 @@ class Polar(Method):
         from .shared.predictors import stored
 
         tensors: dict[str, Tensor] = {}
-        target = _given(density)
+        target = self.target(density)
         k = groups_for(self.name, target, heads_of(model.config)[1])
         for block in blocks(model):
             if block.index >= DENSE_BLOCKS:
@@ -208,7 +208,9 @@ class Polar(Method):
         return router
 
     def _sparse_ffn(self, config: Any) -> bool:
-        return self.options.ffn != "dense" and _is_relu(config)
+        from .families import is_relu
+
+        return self.options.ffn != "dense" and is_relu(config)
 
     def _start_heads(self, config: Any, seed: int) -> Router:
         from .families import heads_of
@@ -310,15 +312,3 @@ class Polar(Method):
             if math.exp(sparse - dense) - 1 <= self.options.budget:
                 break
         return tensors, {"critical_density": round(more / groups, 4), "perplexity_rise": rises}
-
-
-def _is_relu(config: Any) -> bool:
-    from .families import activation_of
-
-    return activation_of(config) == "relu"
-
-
-def _given(density: float | None) -> float:
-    if density is None:
-        raise UsageError("polar needs a target density: add --density 0.5.")
-    return density

@@ -155,10 +155,10 @@ class Spark(Method):
             ]
         elif self.options.multiplier == "gaussian":
             layers = [block.index for block in blocks(model)]
-            found = [dict.fromkeys(layers, gaussian_multiplier(_given(density))) for density in densities]
+            found = [dict.fromkeys(layers, gaussian_multiplier(self.target(density))) for density in densities]
         else:
             with sparsify(model, self.artifact(model, None, {}, {})) as handle:
-                found = multipliers(handle, windows, [_given(density) for density in densities], progress)
+                found = multipliers(handle, windows, [self.target(density) for density in densities], progress)
         for density, values in zip(densities, found, strict=True):
             tensors = {f"multiplier.{index}": torch.tensor([value]) for index, value in values.items()}
             manifest: dict[str, Any] = {"variant": variant}
@@ -178,12 +178,6 @@ def built_in(config: Any) -> list[float] | None:
     if pattern is None or not any(pattern):
         return None
     return [round(1 - share, 9) if share else 0.0 for share in pattern]
-
-
-def _given(density: float | None) -> float:
-    if density is None:
-        raise UsageError("spark needs a target density for a model without one of its own: add --density 0.5.")
-    return density
 
 
 def _kept(model: PreTrainedModel, artifact: Artifact, windows: Tensor) -> float:

@@ -77,7 +77,7 @@ class Teal(Method):
         calibrated = perf_counter() - start
         for density in densities:
             start = perf_counter()
-            sparsity = self._allocate(model, histograms, windows, 1 - _given(density), progress)
+            sparsity = self._allocate(model, histograms, windows, 1 - self.target(density), progress)
             tensors = _thresholds(histograms, sparsity)
             manifest = {
                 "corpus": data.corpus,
@@ -92,7 +92,7 @@ class Teal(Method):
         from .shared.calibration import input_histograms
 
         histograms = input_histograms(model, tokens)
-        sparsity = dict.fromkeys(histograms, 1 - _given(density))
+        sparsity = dict.fromkeys(histograms, 1 - self.target(density))
         return self.artifact(model, density, _thresholds(histograms, sparsity), {"synthetic": True})
 
     def attach(self, attachment: Attachment) -> None:
@@ -192,12 +192,6 @@ class _BlockError:
     def remove(self) -> None:
         for name, linear in self.block.linears.items():
             self._set(name, linear)
-
-
-def _given(density: float | None) -> float:
-    if density is None:
-        raise UsageError("teal needs a target density: add --density 0.5.")
-    return density
 
 
 def _curve(histogram: MagnitudeHistogram) -> Tensor:
