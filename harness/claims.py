@@ -31,8 +31,9 @@ not edit.
   measured and holds. GPUs differ from the papers' in most rows; what differs is always said.
 - **partly**: reached on another model or with random weights, whose quality is unknown; or at least half of the claimed
   gain is reached.
-- **not reproduced**: measured, and less than that.
-- **not measured**: no record here can support or refute it; the reason is given.
+- **not reproduced**: measured on one of the paper's models, and less than that.
+- **not measured**: no record here can support or refute it; the reason is given. Where another model falls short, its
+  cell is shown.
 """
 
 
@@ -200,9 +201,9 @@ def _beside(twin: str, accepted: Iterable[Row], rows: Iterable[Row]) -> list[Row
 
 def _verdict(claim: Claim, row: Row, value: stats.Interval) -> str:
     quality, gain = claim.keeps_quality(row), claim.gain(value.estimate)
-    if quality is False or gain < HALF:
-        return "not reproduced"
     own = row.record["cell"]["model"] in claim.models
+    if quality is False or gain < HALF:  # what another model does not reach refutes nothing
+        return "not reproduced" if own else "not measured"
     return "reproduced" if gain >= 1 and own and quality else "partly"
 
 
