@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels import attention_decode, residual_norm, rope_cache_write, row_stats, threshold_linear
+from sparse_kernels import add_parts, attention_decode, residual_norm, rope_cache_write, row_stats, threshold_linear
 from sparse_kernels.heads import SelectiveHeads
 from sparse_kernels.layers import FAST_ROWS, ExpertFFN, SparseLayer, SparseLinear
 
@@ -215,9 +215,13 @@ class FastBlock:
             mixed = self.after[0](mixed) if self.after else mixed
             h, x = residual_norm(mixed, h, self.second.weight, self.second.bias, self.second.eps, self.second.kind)
             self._tell("mlp_in", h)
-            y = self._feed(x)
-            h = h + (self.after[1](y) if self.after else y)
-            stats = row_stats(h)
+            parts = self.ffn.parts(x) if isinstance(self.ffn, ExpertFFN) and not self.after else None
+            if parts is not None:
+                h, stats = add_parts(parts, h, self.ffn.constant)
+            else:
+                y = self._feed(x)
+                h = h + (self.after[1](y) if self.after else y)
+                stats = row_stats(h)
         if self.last:
             torch._foreach_add_([entry.cumulative_length for entry in cache.layers], 1)
         step.hidden, step.stats = h[:, None], stats

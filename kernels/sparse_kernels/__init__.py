@@ -9,7 +9,7 @@ from sparse_kernels.attention.op import attention_decode, rope_cache_write
 from sparse_kernels.bandwidth import read_bandwidth
 from sparse_kernels.expert_ffn.op import expert_ffn, expert_ffn_prefill, expert_hidden
 from sparse_kernels.glue.op import glu, residual_norm
-from sparse_kernels.input_linear.op import input_linear, row_stats, threshold_linear
+from sparse_kernels.input_linear.op import add_parts, input_linear, row_stats, threshold_linear
 from sparse_kernels.neuron_ffn.op import gate_first_ffn, gated_ffn, neuron_ffn
 from sparse_kernels.selection.op import (
     compact,
@@ -28,6 +28,7 @@ from sparse_kernels.spark_attention.op import spark_attention_decode, spark_atte
 
 __all__ = [
     "ACTIVATIONS",
+    "add_parts",
     "attention_decode",
     "compact",
     "expert_ffn",

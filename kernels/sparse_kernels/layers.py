@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from . import ACTIVATIONS, expert_hidden, input_linear, neuron_ffn, threshold_linear
 from .expert_ffn.launch import CROSSOVER
 from .input_linear.launch import union
+from .neuron_ffn.launch import takes_rows
 from .selectors import Selector
 
 FAST_ROWS = 64  # what the kernels take; a decode step of this many sequences is theirs, a prompt is not
@@ -314,11 +315,10 @@ class ExpertFFN(SparseLayer):
     def _skip(self, rows: Tensor, selector: Selector) -> Tensor:
         """rows [B, d]; reads the experts that any of them needs."""
         self.materialize()
-        if len(rows) == 1 and selector.rule == "top-k":  # its own list is all there is to know
-            lists, self.count = selector.lists(rows)
-            return self._listed(rows, lists[0], self.count)
+        if len(rows) == 1:
+            return self._listed(rows, *self._own(rows, selector))
         score, threshold, index, self.count = selector.select(rows)
-        if len(rows) == 1 or selector.shared:
+        if selector.shared:
             return self._listed(rows, index, self.count)
         if self.crowded(len(rows), CROSSOVER):
             self.count = None  # every row as it chose, of a product that reads everything
@@ -331,8 +331,29 @@ class ExpertFFN(SparseLayer):
             h = torch.where((score > threshold).repeat_interleave(self.size, 1), h - self.mean, 0)
         return input_linear(h, self.down_t, index, self.count, None, self.constant, self.size)
 
-    def _listed(self, rows: Tensor, index: Tensor, count: Tensor) -> Tensor:
-        """rows [B, d], all of them through the listed experts."""
+    def parts(self, rows: Tensor) -> Tensor | None:
+        """float32 [P, 1, d], whose sum and `constant` are what forward gives; None where no fast path leaves parts.
+
+        rows: [B, d].
+        """
+        if not self.fast(rows) or not takes_rows(rows, self.down_t):
+            return None
+        assert self.selector is not None
+        if self.selector.idle(len(rows)):
+            return None
+        return self._listed(rows, *self._own(rows, self.selector), partial=True)[:, None]
+
+    def _own(self, row: Tensor, selector: Selector) -> tuple[Tensor, Tensor]:
+        """The list of row [1, d] and its length: all that there is to know where nobody shares it."""
+        if selector.rule == "top-k":
+            (index,), self.count = selector.lists(row)
+        else:
+            _, _, index, self.count = selector.select(row)
+        return index, self.count
+
+    def _listed(self, rows: Tensor, index: Tensor, count: Tensor, partial: bool = False) -> Tensor:
+        """rows [B, d], all of them through the listed experts; partial: in parts, without `constant`."""
         gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
-        up, act, biases = self.up.weight, self.activation, (gate_bias, self.up.bias, self.constant)
-        return neuron_ffn(rows, gate, up, self.down_t, index, count, act, *biases, self.size, center=self.mean)
+        biases = gate_bias, self.up.bias, None if partial else self.constant
+        options: Any = dict(group=self.size, partial=partial, center=self.mean)
+        return neuron_ffn(rows, gate, self.up.weight, self.down_t, index, count, self.activation, *biases, **options)

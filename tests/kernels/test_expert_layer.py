@@ -66,6 +66,23 @@ def test_the_kernels_compute_what_the_masks_do(device, kind, rows, gated, compen
     assert int(layer.count) == int(selector(x, layer.hidden(x)).any(0).sum())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("compensated", [False, True])
+def test_parts_and_the_constant_are_the_whole(device, kind, compensated, monkeypatch):
+    torch.manual_seed(2)
+    mean = torch.randn(UNITS * SIZE, device=device) if compensated else None
+    selector = router(kind, device)
+    layer, x = ffn(selector, True, mean, device), torch.randn(1, WIDTH, device=device)
+    assert layer.parts(x.cpu()) is None  # no fast path
+    layer.materialize()
+    monkeypatch.setattr(ExpertFFN, "fast", lambda self, x: True)
+    parts = layer.parts(x)
+    assert parts.dtype == torch.float32 and parts.shape[1:] == x.shape
+    assert torch.allclose(parts.sum(0) + layer.constant, layer._skip(x, selector), atol=1e-5)
+    assert int(layer.count) == int(selector(x, layer.hidden(x)).sum())
+    assert layer.parts(x.repeat(2, 1)) is None  # rows of a batch do not share their neurons
+
+
 def test_a_dense_pass_between_leaves_the_count_of_the_sparse_one(device):
     """A replayed graph writes to that tensor, and its owner reads it after dense steps were timed in turns."""
     selector = router("lte", device)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from support import close
 
-from sparse_kernels import row_stats, threshold_linear
+from sparse_kernels import add_parts, row_stats, threshold_linear
 from sparse_kernels.input_linear import kernel, naive
 from sparse_kernels.input_linear.launch import Masked, path_for
 from sparse_kernels.launch import Launch
@@ -121,6 +121,22 @@ def test_parts_are_summed_by_the_next_layer(device, batch, select, gated):
     extras = dict(activation="relu", gated=gated)
     y = threshold_linear(parts, second, threshold, select=select, **extras)[0]
     assert close(y, expected(parts.sum(0), second, threshold, [90], **extras)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("batch, parts", [(1, 1), (1, 130), (3, 7)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_parts_are_added_to_the_residual(device, dtype, batch, parts, biased):
+    torch.manual_seed(0)
+    given = torch.randn(parts, batch, 150, device=device)
+    residual, bias = torch.randn(batch, 150, device=device).to(dtype), torch.randn(150, device=device).to(dtype)
+    bias = bias if biased else None
+    y, stats = add_parts(given, residual, bias)
+    total = given.double().sum(0) + (0 if bias is None else bias.double())
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-3
+    wanted = residual.double() + total.to(dtype).double()
+    assert y.dtype == dtype and (y.double() - wanted).norm() <= tolerance * wanted.norm()
+    assert torch.allclose(stats, row_stats(y), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("batch, select", [(1, "list"), (1, "mask"), (3, "auto")])

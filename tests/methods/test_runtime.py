@@ -17,11 +17,14 @@ from transformers import (
     StaticCache,
 )
 
+import methods.runtime
 from methods import sparsify
 from methods.errors import UsageError
 from methods.families import cached
 from methods.registry import create
 from methods.runtime import FastBlock, runtime, why_not
+from sparse_kernels import add_parts
+from sparse_kernels.layers import ExpertFFN
 
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 SMALL |= dict(vocab_size=300, max_position_embeddings=256, initializer_range=0.1)
@@ -155,6 +158,22 @@ def test_ffn_layers_keep_their_own_path(kind, name):
         with runtime(model, handle):
             found, served = decode(model, prompt, 6, handle)
     assert served == 5 * 2 and torch.allclose(found, wanted, atol=2e-4)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", ["lte", "moefication", "dejavu"])
+def test_the_neurons_of_one_sequence_reach_the_residual_in_parts(kind, name, monkeypatch):
+    model, prompt = MODELS[kind](), windows(1, 9)
+    artifact = create(name, {}).synthesize(model, 0.5, windows(2, 32))
+    with sparsify(model, artifact) as handle:
+        wanted, _ = decode(model, prompt, 6, handle)
+        added = []
+        monkeypatch.setattr(ExpertFFN, "fast", lambda self, x: self.selector is not None and self.phase.active is True)
+        monkeypatch.setattr(methods.runtime, "add_parts", lambda *args: added.append(args) or add_parts(*args))
+        with runtime(model, handle):
+            found, _ = decode(model, prompt, 6, handle)
+    assert len(added) == 5 * sum(layer.selector is not None for layer in handle.layers() if layer.site == "ffn") > 0
+    assert torch.allclose(found, wanted, atol=2e-4)
 
 
 def test_dense_positions_and_counting_passes_go_the_slow_way():

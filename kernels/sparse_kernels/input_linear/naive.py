@@ -1,4 +1,4 @@
-"""Definitions of `input_linear` and `threshold_linear`."""
+"""Definitions of `input_linear`, `threshold_linear`, `add_parts` and `row_stats`."""
 
 import torch
 import torch.nn.functional as F
@@ -93,6 +93,12 @@ def threshold_linear(
     if residual is not None:
         y = residual + y
     return y, torch.stack(counts).int()[:, None]
+
+
+def add_parts(parts: Tensor, residual: Tensor, bias: Tensor | None = None) -> Tensor:
+    """residual [B, N] plus the rounded sum of parts [P, B, N] and bias [N]."""
+    total = parts.sum(0) if bias is None else parts.sum(0) + bias.to(parts.dtype)
+    return residual + total.to(residual.dtype)
 
 
 def row_stats(x: Tensor, tile: int) -> Tensor:

@@ -162,6 +162,48 @@ def row_stats(x: Tensor) -> Tensor:
     return torch.ops.sparse_kernels.row_stats(x)
 
 
+def add_parts(parts: Tensor, residual: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The sum of parts (+ bias), rounded, plus residual, and `row_stats` of that for the next norm, in one launch.
+
+    parts: float32 [P, B, N], contiguous, as `partial=True` leaves them; residual: [B, N], contiguous rows; bias: [N] in
+    residual's dtype. Returns (y [B, N] in residual's dtype, stats float32 [B, tiles, 2]); the order of the sum is
+    fixed. Raises ValueError outside this domain.
+    """
+    require_input(residual)
+    fits = parts.dim() == 3 and parts.dtype == torch.float32 and parts.is_contiguous()
+    require(fits, "parts must be contiguous float32 [parts, batch, columns], got {} {}.", parts.dtype, parts.shape)
+    require(parts.shape[1:] == residual.shape, "parts must end in {}, got {}.", residual.shape, parts.shape)
+    require(parts.device == residual.device, "parts must be on {}, got {}.", residual.device, parts.device)
+    if bias is not None:
+        require_rows("bias", bias, residual, (residual.shape[1],))
+    return torch.ops.sparse_kernels.add_parts(parts, residual, bias)
+
+
+@torch.library.custom_op(
+    "sparse_kernels::add_parts",
+    mutates_args=(),
+    schema="(Tensor parts, Tensor residual, Tensor? bias) -> (Tensor, Tensor)",
+)
+def _add_parts(parts: Tensor, residual: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    if not use_triton(parts):
+        y = naive.add_parts(parts, residual, bias)
+        return y, naive.row_stats(y, STATS_TILE)
+    from sparse_kernels.input_linear import kernel
+
+    return kernel.combine(parts, bias, residual, True, residual.dtype)
+
+
+@_add_parts.register_fake
+def _(parts, residual, bias):
+    tiles = cdiv(residual.shape[1], STATS_TILE)
+    return torch.empty_like(residual), residual.new_empty(len(residual), tiles, 2, dtype=torch.float32)
+
+
+@register_flop_formula(torch.ops.sparse_kernels.add_parts)
+def _parts_flops(*args, **kwargs) -> int:
+    return 0
+
+
 @torch.library.custom_op("sparse_kernels::row_stats", mutates_args=(), schema="(Tensor x) -> Tensor")
 def _row_stats(x: Tensor) -> Tensor:
     if not use_triton(x):
