@@ -320,8 +320,10 @@ class Bench:
         if compiled:
             torch._dynamo.reset()  # the modules behind `forward` differ from one method to the next
             # Coordinate descent makes Inductor generate matrix-vector products instead of calling cuBLAS: at batch 1
-            # that is the strongest dense baseline known. Sparse layers bring their own kernels.
-            options: dict[str, Any] = {"coordinate_descent_tuning": "dense" in name}
+            # that is the strongest dense baseline known. A batch has no such products, and sparse layers bring their
+            # own kernels: there it would only take minutes.
+            tuned = "dense" in name and len(self.prompt) == 1
+            options: dict[str, Any] = {"coordinate_descent_tuning": tuned}
             forward = torch.compile(forward, fullgraph=True, dynamic=False, options=options)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
