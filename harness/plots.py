@@ -149,6 +149,12 @@ def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
             _draw(axis, group, panel, styles)
         for axis in line[len(found) :]:
             axis.set_visible(False)
+        named: dict[str, Any] = {}
+        for axis in line[: len(found)]:
+            for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+                named.setdefault(label, handle)
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+        line[len(found) - 1].legend(named.values(), named.keys(), fontsize=7.5, frameon=False, **place)
         title = [part for text in (group.title, group.details) for part in wrap(text, 64 * columns)]
         line[0].set_title("\n".join(title), loc="left", fontsize=8.5)
     return figure
@@ -302,7 +308,6 @@ def _draw(axis: Any, group: Group, panel: Panel, styles: dict[tuple[str, str], t
     axis.margins(x=0.12, y=0.14)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(alpha=0.2, linewidth=0.5)
-    axis.legend(fontsize=7.5, frameon=False)
     if panel.larger is None:
         axis.set_ylim(bottom=0)
 
