@@ -61,12 +61,11 @@ class Projection:
             zeros = [first.new_zeros(width) for width in self.widths]
             self.bias = torch.cat([z if b is None else b.detach() for z, b in zip(zeros, given, strict=True)])
         self.threshold: Tensor | None = None
-        self.density: float | None = None
         if any(layer is not None for layer in self.layers):
             dense = torch.full((1,), DENSE, device=first.device)
             self.threshold = torch.cat([dense if layer is None else layer.threshold for layer in self.layers])
         known = [1.0 if layer is None else layer.density for layer in self.layers]
-        self.density = None if None in known else max(known)
+        self.density: float | None = None if None in known else max(known)
         self.shared = [linear.weight for linear in linears] if share else []
         for weight, view in zip(self.shared, self.weight_t.split(self.widths, 1), strict=False):
             weight.data = view.t()

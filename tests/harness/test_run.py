@@ -209,6 +209,17 @@ def test_prepare_saves_an_artifact_that_others_load(model: str, tmp_path: Path) 
     assert artifact.method == "teal" and artifact.density == 0.5 and artifact.manifest["corpus"]["name"] == "stdlib"
 
 
+def test_quality_without_latency_is_a_cell_of_its_own(model: str, tmp_path: Path) -> None:
+    asked = command(model, tmp_path, "--tasks", "none", "--density", "0.5")
+    assert cli.main([*asked, "--no-latency"]) == 0
+    untimed = store.load(tmp_path)
+    assert all(r["latency"] == {} and r["cost"]["decode"] and r["cell"]["timed"] is False for r in untimed)
+    assert cli.main(asked) == 0  # not done already
+    timed = [r for r in store.load(tmp_path) if r["latency"]]
+    assert len(timed) == len(untimed) and all("timed" not in r["cell"] for r in timed)
+    assert [r["fidelity"] for r in timed] == [r["fidelity"] for r in untimed]
+
+
 def test_synthetic_weights_never_have_an_accuracy(model: str, tmp_path: Path) -> None:
     arguments = ["run", "--model", model, "--methods", "teal,lte", "--weights", "synthetic", "--density", "0.5"]
     assert cli.main([*arguments, "--out", str(tmp_path)]) == 0

@@ -117,7 +117,8 @@ def compile_linear() -> None:
             if batch == 1:  # more rows with all channels are dense
                 linear.linear(h, gate_up, "all", [22016], **normed)
                 linear.masked(h, qkv, [4096] * 3, threshold=limits, **normed)
-                linear.masked(h, qkv[:, :4096], [4096])
+                for threshold in (None, limits[:1]):
+                    linear.masked(h, qkv[:, :4096], [4096], threshold=threshold)
                 linear.masked(torch.empty(8, 1, 22016), down, [4096], threshold=limits[:1], activation="silu",
                               gated=True)  # fmt: skip
             gated = dict(threshold=limits[:1], activation="silu", gated=True, center=down[:, 0].contiguous())

@@ -183,6 +183,14 @@ def test_few_columns_many_splits_give_the_same_bits_twice(device, dtype, batch, 
         assert close(y, expected(x, weight_t, threshold, [150])[0])
 
 
+def test_without_a_list_or_threshold_nothing_is_dropped(device):
+    x, weight_t = make(1, 40, 20, device)
+    x[0, 3], x[0, 5] = float("nan"), 0.0
+    assert threshold_linear(x, weight_t, None)[0].isnan().all()
+    x[0, 3] = float("inf")
+    assert torch.equal(threshold_linear(x, weight_t, None)[0].sign(), weight_t[3:4].sign())
+
+
 @pytest.mark.parametrize("limited", [True, False])
 def test_without_a_list_two_runs_give_the_same_bits(device, limited):
     x, weight_t = make(1, 133, 150, device, torch.float16)
@@ -200,6 +208,7 @@ def test_few_weights_need_no_list():
     few, many = (4096, 4096), (4096, 12288)
     assert path_for("auto", 1, *few, True, None, False, device) == "masked"
     assert path_for("auto", 1, *few, True, None, True, device) == "threshold"  # a low-rank path
+    assert path_for("auto", 1, *few, False, None, False, device) == "masked"
     assert path_for("auto", 2, *few, True, 0.2, False, device) == "threshold"
     assert path_for("auto", 1, *many, True, None, False, device) == "threshold"
     assert path_for("auto", 1, *many, False, None, False, device) == "all"

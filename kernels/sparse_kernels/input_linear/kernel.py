@@ -13,6 +13,7 @@ are so few that latency decides, `masked` is faster yet: no list, every program 
 those of small channels are masked.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -122,6 +123,15 @@ def layer_input(
 
 
 @triton.jit
+def selected(v, limit, inside, INVERT: tl.constexpr):
+    """Which values are above the limit in magnitude, or with INVERT are not."""
+    keep = tl.abs(v) > limit
+    if INVERT:
+        keep = keep == 0
+    return keep & inside
+
+
+@triton.jit
 def columns_of(tile, width0, width1, N, SEGMENTS: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
     """(segment of a tile, the segment's first column, the tile's first column, the segment's end)."""
     segment = 0
@@ -203,10 +213,7 @@ def fill_kernel(
             NORM, NORM_BIAS, EPS, TILES, PADDED, TILE, ACTIVATION, GATED, CENTER, PARTS, DTYPE, AXIS,
         )  # fmt: skip
         if LIMIT:
-            keep = tl.abs(v) > limit
-            if INVERT:
-                keep = keep == 0
-            keep = keep & inside
+            keep = selected(v, limit, inside, INVERT)
             v = tl.where(keep, v, 0.0)
         if SELECT == "dense":  # values in the order of the channels, for a dense product
             if BATCH > 1:
@@ -320,7 +327,7 @@ def linear_kernel(
 def masked_kernel(
     x, threshold, norm_weight, norm_bias, stats, center, weight, partial, counts,
     K, N, width0, width1, splits, parts, stride_part, stride_w,
-    SEGMENTS: tl.constexpr, LIMIT: tl.constexpr, CHANNELWISE: tl.constexpr, INVERT: tl.constexpr, NORM: tl.constexpr,
+    SEGMENTS: tl.constexpr, CHANNELWISE: tl.constexpr, INVERT: tl.constexpr, NORM: tl.constexpr,
     NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr, PARTS: tl.constexpr, ALIGNED: tl.constexpr,
     CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
@@ -342,7 +349,7 @@ def masked_kernel(
         inside = k < K
         if CHANNELWISE:
             limit = tl.load(threshold + segment * K + k, mask=inside, other=0.0)
-        elif LIMIT:
+        else:
             limit = tl.load(threshold + segment)
         scale, shift, middle = constants(k, inside, norm_weight, norm_bias, center, NORM, NORM_BIAS, CENTER)
         if step == 0:
@@ -351,15 +358,9 @@ def masked_kernel(
             x, k, inside, 0, K > 0, stats, scale, shift, middle, K, parts, stride_part,
             NORM, NORM_BIAS, EPS, TILES, PADDED, TILE, ACTIVATION, GATED, CENTER, PARTS, DTYPE, 0,
         )  # fmt: skip
-        if LIMIT:
-            keep = tl.abs(v) > limit
-            if INVERT:
-                keep = keep == 0
-            keep = keep & inside
-            v = tl.where(keep, v, 0.0)
-            count += tl.sum(keep.to(tl.int32), 0)
-        else:  # a mask that needs the value, or the compiler asks for all steps at once and spills registers
-            keep = (tl.abs(v) >= 0.0) & inside
+        keep = selected(v, limit, inside, INVERT)
+        v = tl.where(keep, v, 0.0)
+        count += tl.sum(keep.to(tl.int32), 0)
         w = tl.load(
             weight + k.to(tl.int64)[:, None] * stride_w + n[None, :],
             mask=keep[:, None] & inside_n[None, :],
@@ -368,9 +369,8 @@ def masked_kernel(
         )
         acc += tl.sum(v[:, None] * w.to(tl.float32), 0)
     tl.store(partial + split.to(tl.int64) * N + n, acc, mask=inside_n)
-    if LIMIT:
-        if start_n == begin_n:
-            tl.store(counts + segment * splits + split, count)
+    if start_n == begin_n:
+        tl.store(counts + segment * splits + split, count)
 
 
 @triton.jit
@@ -540,6 +540,12 @@ def linear(
     return partial, list_count[: segments if select == "threshold" else 0]
 
 
+@cache
+def infinity(device: torch.device) -> Tensor:
+    """A threshold that nothing exceeds, NaN neither: inverted, it keeps every value."""
+    return torch.full((1,), torch.inf, device=device)
+
+
 def masked(
     x: Tensor, weight_t: Tensor, widths: list[int], config: Masked | None = None, **prepare: Any
 ) -> tuple[Tensor, Tensor]:
@@ -547,8 +553,12 @@ def masked(
     device, (channels, width), segments = x.device, weight_t.shape, len(widths)
     config, columns, tiles, splits = masked_grid(channels, widths, device, config)
     partial = torch.empty(splits, 1, width, dtype=torch.float32, device=device)
+    limited = prepare.get("threshold") is not None
+    if not limited:  # one kernel for both: a mask that needs the values keeps the compiler from asking for all at once
+        prepare |= dict(threshold=infinity(device), invert=True)
     options = prepared(x, 1, **prepare)
-    counts = torch.empty(segments if options["LIMIT"] else 0, splits, dtype=torch.int32, device=device)
+    del options["LIMIT"]
+    counts = torch.empty(segments, splits, dtype=torch.int32, device=device)
     run(
         masked_kernel, (tiles, splits), x,
         weight=weight_t, partial=partial, counts=counts, K=channels, N=width, width0=widths[0],
@@ -556,4 +566,4 @@ def masked(
         SEGMENTS=segments, ALIGNED=all(w % 16 == 0 for w in widths), CHANNELS=config.channels, ROWS=config.rows,
         COLUMNS=columns, num_warps=config.warps, **options,
     )  # fmt: skip
-    return partial, counts
+    return partial, counts if limited else counts[:0]
