@@ -111,7 +111,8 @@ def test_a_folder_without_sets_is_a_usage_error(tmp_path: Path) -> None:
 
 def test_readme_holds_a_headline_per_method_and_gpu(tmp_path: Path) -> None:
     cells = [*FULL, synthetic("dense"), synthetic("teal", 0.5), synthetic("teal", 0.8)]
-    write(tmp_path / "results" / "one", [*cells, record("lte", 0.5), record("teal", 0.9, batch=8)])
+    untimed = record("spark", 0.5) | {"latency": {}}
+    write(tmp_path / "results" / "one", [*cells, record("lte", 0.5), record("teal", 0.9, batch=8), untimed])
     readme = tmp_path / "README.md"
     begin, end = report.BOARD
     with pytest.raises(UsageError, match="no place for a table"):
