@@ -17,7 +17,7 @@ from methods.runtime import fast_steps
 from .fidelity import active_positions, kernel_tolerance, teacher_forced
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, StaticCache
 
     from methods import SparseModel
 
@@ -27,21 +27,26 @@ UNREPORTED = 1e-3  # share of a layer's weights
 
 @torch.inference_mode()
 def timed_text(
-    model: PreTrainedModel, handle: SparseModel, text: Tensor, steps: int, fidelity: dict[str, Any] | None
+    model: PreTrainedModel,
+    handle: SparseModel,
+    text: Tensor,
+    steps: int,
+    fidelity: dict[str, Any] | None,
+    cache: StaticCache | None = None,
 ) -> float:
     """Nats per token by which the greedy tokens that timed steps chose fall short of the likeliest ones.
 
     text: int64 [batch, length], whose last `steps` tokens these steps made. It is run again as the evaluation runs
     text, in one masked pass; a batch, for which some methods choose together, in masked steps; with random weights
-    (fidelity: None), which cannot be compared so (docs/protocol.md), in steps of the fast path without a graph. Raises
-    RuntimeError where the timed steps did something else.
+    (fidelity: None), which cannot be compared so (docs/protocol.md), in steps of the fast path without a graph. Steps
+    use `cache` if given: that of the timed steps. Raises RuntimeError where the timed steps did something else.
     """
     if fidelity is None:
         with fast_steps(model, handle):
-            logits = teacher_forced(model, handle, text, steps)
+            logits = teacher_forced(model, handle, text, steps, cache)
     elif len(text) > 1:
         with handle.meter.apart() as meter, meter.on():  # whoever counts takes the reference path
-            logits = teacher_forced(model, handle, text, steps)
+            logits = teacher_forced(model, handle, text, steps, cache)
     else:
         with handle.positions(active_positions(handle, text, steps)):
             logits = model(input_ids=text[:, :-1], use_cache=False, logits_to_keep=steps).logits

@@ -20,7 +20,7 @@ from methods.families import cached, layout_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, StaticCache
 
     from methods import SparseModel
 
@@ -177,12 +177,22 @@ def kernel_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, sc
     return max(0.0, float((expected.exp() * (expected - found)).sum(-1).mean()))
 
 
-def teacher_forced(model: PreTrainedModel, handle: SparseModel, text: Tensor, steps: int) -> Tensor:
-    """Logits [B, steps, V] of the last `steps` tokens before the end of text [B, length], one decode step each."""
+def teacher_forced(
+    model: PreTrainedModel, handle: SparseModel, text: Tensor, steps: int, cache: StaticCache | None = None
+) -> Tensor:
+    """Logits [B, steps, V] of the last `steps` tokens before the end of text [B, length], one decode step each.
+
+    cache: for at least `length` positions, emptied and used again; it then holds the text.
+    """
     from transformers import StaticCache
 
-    cache = StaticCache(config=model.config, max_cache_len=text.shape[1])
-    extra = decode_mask(model, text) | cached(model, cache)
+    if cache is None:
+        cache = StaticCache(config=model.config, max_cache_len=text.shape[1])
+    else:
+        cache.reset()
+    layers: Any = cache.layers
+    longest = max(layer.max_cache_len for layer in layers)
+    extra = decode_mask(model, text.new_ones(len(text), longest)) | cached(model, cache)
     context = text.shape[1] - 1 - steps
     places = torch.arange(text.shape[1], device=text.device)[None]  # said, or OPT reads them off its mask
     with handle.positions(handle.mask(len(text), context, text.device)):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -41,26 +40,35 @@ HIDDEN = (10.0, 0.1)  # ms, and share of a block's time, that may pass between i
 WARM_STEPS = 4
 GPU_STEPS = 32  # timed steps per block
 CPU_STEPS = 6
+START, SAME = 64, 0.01  # tokens, and the relative error of logits up to which two models are one, up to rounding
 ROOM = WARM_STEPS + max(GPU_STEPS, CPU_STEPS) + 4  # of the cache, for steps
 
 
 class Decoder:
-    """A greedy decode step over a static cache, with every tensor at a fixed address. It begins after the prompt."""
+    """A greedy decode step over a static cache, with every tensor at a fixed address. It begins after the prompt.
 
-    def __init__(self, model: PreTrainedModel, prompt: Tensor, steps: int) -> None:
+    like: a decoder after the same prompt, whose cache this one shares: at large batch and context a cache is larger
+    than the model. They take turns, each from a `rewind`.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompt: Tensor, steps: int, like: Decoder | None = None) -> None:
         from transformers import StaticCache
 
         self.model, self.prompt = model, prompt
         batch, context = prompt.shape
-        self.cache = StaticCache(config=model.config, max_cache_len=context + steps)
+        self.cache: StaticCache = (
+            like.cache if like else StaticCache(config=model.config, max_cache_len=context + steps)
+        )
         self.extra = decode_mask(model, prompt.new_ones(batch, context + steps)) | cached(model, self.cache)
         self.positions = torch.arange(context, device=prompt.device)[None]
-        self.first = self.prefill()
+        self.first: Tensor = like.first if like else self.prefill()
         self.token = self.first.clone()
         self.position = torch.full((1, 1), context, device=prompt.device)
+        self.rewind()
 
     def prefill(self) -> Tensor:
-        """Runs the prompt into the empty cache; the next token of every sequence, int64 [batch, 1]."""
+        """Runs the prompt into the emptied cache; the next token of every sequence, int64 [batch, 1]."""
+        self.cache.reset()
         forward = dict(input_ids=self.prompt, position_ids=self.positions, use_cache=True, logits_to_keep=1)
         return self.model(**forward, **self.extra).logits[:, -1:].argmax(-1)
 
@@ -130,6 +138,8 @@ class Bench:
         self._cached = 4 * torch.cuda.get_device_properties(prompt.device).L2_cache_size if self.gpu else 0
         self.notes: list[str] = []
         self.energy: dict[str, dict[str, float] | None] = {}  # of the dense runners
+        self._decoder = Decoder(model, prompt, ROOM)  # after a dense prompt
+        self._logits = self._start()
         self.dense: list[Runner] = self._runners("dense", None)
         self.quantised: list[Runner] = self._quantised() if self.gpu else []
 
@@ -138,14 +148,15 @@ class Bench:
         self,
         handle: SparseModel,
         timed_step: Callable[[], dict[str, Any]],
-        check: Callable[[Tensor, int], float],
+        check: Callable[[Tensor, int, Any], float],
         progress: Callable[[float, float], None],
     ) -> dict[str, Any]:
         """The record's `latency` block. Raises RuntimeError for times that cannot be.
 
-        `check` raises for a text whose last tokens, as many as it is told, the sparse steps should not have made; it
-        returns the record's `regret`. `timed_step` is asked after the timed steps, whose selections it counts: their
-        `density`, the `bytes` they had to read, and the dense model's `bytes_dense`, also with `bytes_8bit` weights.
+        `check` raises for a text whose last tokens, as many as it is told, the sparse steps should not have made, and
+        may use the cache that they used; it returns the record's `regret`. `timed_step` is asked after the timed steps,
+        whose selections it counts: their `density`, the `bytes` they had to read, and the dense model's `bytes_dense`,
+        also with `bytes_8bit` weights.
         """
         sparse: list[Runner] = []
         if handle.layers():
@@ -203,7 +214,7 @@ class Bench:
         return self.energy[runner.name]
 
     def _checked(
-        self, handle: SparseModel, runner: Runner, ends: list[Tensor], check: Callable[[Tensor, int], float]
+        self, handle: SparseModel, runner: Runner, ends: list[Tensor], check: Callable[[Tensor, int, Any], float]
     ) -> float:
         """What was timed is what is checked: the same steps again must end in the tokens that every block ended in."""
         steps = WARM_STEPS + (GPU_STEPS if self.gpu else CPU_STEPS)
@@ -211,7 +222,7 @@ class Bench:
             text = runner.text(steps)
         if not all(torch.equal(text[:, -1:], end) for end in ends):
             raise RuntimeError(f"{runner.name}: timed steps ended in other tokens than the same steps run again")
-        return check(text, steps)
+        return check(text, steps, runner.decoder.cache)
 
     def _breakdown(self, handle: SparseModel, runners: list[Runner], notes: list[str]) -> dict[str, Any] | None:
         """Of the decode runtime where it runs: only its kernels have a class of their own each."""
@@ -305,17 +316,30 @@ class Bench:
                 torch.cuda.synchronize()
         return made
 
-    def _decoder(self, handle: SparseModel | None) -> Decoder:
-        """With the prompt as the mode has it, whatever its decode steps will be."""
-        with handle.positions(handle.mask(*self._shape, self.device)) if handle else nullcontext():
+    def decoder(self, handle: SparseModel | None = None) -> Decoder:
+        """With the prompt as the mode has it, whatever its decode steps will be. Of a dense prompt there is one cache,
+        unless the method's dense positions differ from the model's: weights can be fine-tuned."""
+        mask = handle.mask(*self._shape, self.device) if handle else False
+        if handle is None or (mask is False and self._same_when_dense(handle)):
+            return Decoder(self.model, self.prompt, ROOM, self._decoder)
+        with handle.positions(mask):
             return Decoder(self.model, self.prompt, ROOM)
 
+    def _same_when_dense(self, handle: SparseModel) -> bool:
+        with handle.dense():
+            error = (self._start() - self._logits).norm() / self._logits.norm()
+        return bool(error <= SAME)
+
+    def _start(self) -> Tensor:
+        """What the model says after the first tokens of the first prompt; float32 [vocab]."""
+        return self.model(input_ids=self.prompt[:1, :START], use_cache=False).logits[0, -1].float()
+
     def _eager(self, name: str, handle: SparseModel | None = None) -> Runner:
-        decoder = self._decoder(handle)
+        decoder = self.decoder(handle)
         return Runner(name, decoder, lambda: decoder.step(self.model.forward))
 
     def _graph(self, name: str, compiled: bool, keep: Any = None, handle: SparseModel | None = None) -> Runner:
-        decoder = self._decoder(handle)
+        decoder = self.decoder(handle)
         forward = self.model.forward
         if compiled:
             torch._dynamo.reset()  # the modules behind `forward` differ from one method to the next
@@ -349,7 +373,7 @@ class Bench:
     @torch.no_grad()
     def count(self, handle: SparseModel) -> None:
         """The reference path counts while it computes, which costs time: a few steps that are not timed."""
-        decoder = self._decoder(handle)
+        decoder = self.decoder(handle)
         with handle.sparse(), handle.meter.apart() as meter:
             with meter.on():
                 for _ in range(CPU_STEPS):
@@ -359,6 +383,7 @@ class Bench:
 
     def close(self) -> None:
         self.dense, self.quantised = [], []
+        del self._decoder
         gc.collect()
         if self.gpu:
             torch.cuda.empty_cache()

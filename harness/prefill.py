@@ -30,15 +30,16 @@ STEPS = 2  # decode steps that memory is measured over, after the prompt
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, handle: SparseModel, prompt: Tensor) -> dict[str, Any]:
-    """The record's `latency.prefill` and `latency.memory`. prompt: int64 [batch, context]."""
+def measure(model: PreTrainedModel, handle: SparseModel, decoder: latency.Decoder) -> dict[str, Any]:
+    """The record's `latency.prefill` and `latency.memory`, of the decoder's prompt, which its cache holds again after
+    all of them."""
+    prompt = decoder.prompt
     batch, context = prompt.shape
     active = handle.mask(batch, context, prompt.device)
     ways = ["dense", "method"] if handle.layers() and active is not False else ["dense"]
     ways += ["single storage"] if why_not(model) is None else []
     runs: dict[str, list[list[tuple[float, float]]]] = {way: [] for way in ways}
     memory: dict[str, Any] = {}
-    decoder = latency.Decoder(model, prompt, STEPS)
     start = perf_counter()
     for number in range(ROUNDS):
         for way in tuple(runs):
@@ -49,11 +50,13 @@ def measure(model: PreTrainedModel, handle: SparseModel, prompt: Tensor) -> dict
                         stack.enter_context(single_storage(model, handle))
                     runs[way].append(_block(decoder))
                     if number == 0 and way == ways[-1]:
-                        memory = _memory(model, handle, prompt)
+                        memory = _memory(model, handle, decoder)
             except torch.OutOfMemoryError:  # beside the copies that the captured baselines hold
                 runs.pop(way)
         if perf_counter() - start > SECONDS:
             break
+    with handle.dense():
+        decoder.prefill()
     found: dict[str, Any] = {"tokens": prompt.numel()}
     for way, blocks in runs.items():
         names = ("prefill", "first_token")
@@ -105,7 +108,6 @@ def _block(decoder: latency.Decoder) -> list[tuple[float, float]]:
 
 
 def _on_gpu(decoder: latency.Decoder) -> tuple[float, float]:
-    decoder.cache.reset()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start = perf_counter()
@@ -119,7 +121,6 @@ def _on_gpu(decoder: latency.Decoder) -> tuple[float, float]:
 
 
 def _on_cpu(decoder: latency.Decoder) -> tuple[float, float]:
-    decoder.cache.reset()
     start = perf_counter()
     tokens = decoder.prefill()
     prefill = 1e3 * (perf_counter() - start)
@@ -127,20 +128,27 @@ def _on_cpu(decoder: latency.Decoder) -> tuple[float, float]:
     return prefill, 1e3 * (perf_counter() - start)
 
 
-def _memory(model: PreTrainedModel, handle: SparseModel, prompt: Tensor) -> dict[str, Any]:
+def _memory(model: PreTrainedModel, handle: SparseModel, decoder: latency.Decoder) -> dict[str, Any]:
     """`alone`: peak bytes of tensors over the prompt and some decode steps, with one copy of the weights and nothing
     else in memory; `reserved`, `process`: all that this process holds, dense baselines and captured graphs included."""
-    found: dict[str, Any] = {"alone": None, "reserved": None, "process": machine.process_memory(str(prompt.device))}
-    if not prompt.is_cuda:
+    found: dict[str, Any] = {
+        "alone": None,
+        "reserved": None,
+        "process": machine.process_memory(str(decoder.prompt.device)),
+    }
+    if not decoder.prompt.is_cuda:
         return found
     found["reserved"] = torch.cuda.max_memory_reserved()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     held = torch.cuda.memory_allocated()
-    decoder = latency.Decoder(model, prompt, STEPS)
+    decoder.prefill()
+    decoder.rewind()
     with handle.sparse():
         for _ in range(STEPS):
             decoder.step(model.forward)
     torch.cuda.synchronize()
-    found["alone"] = resident(model) + torch.cuda.max_memory_allocated() - held
+    cache: Any = decoder.cache.layers
+    kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache if hasattr(layer, "keys"))
+    found["alone"] = resident(model) + kept + torch.cuda.max_memory_allocated() - held
     return found

@@ -138,11 +138,11 @@ class Session:
         timing = bench.measure(
             handle,
             lambda: self._timed_step(handle, cell),
-            lambda text, steps: checks.timed_text(self.model, handle, text, steps, quality.fidelity),
+            lambda text, steps, cache: checks.timed_text(self.model, handle, text, steps, quality.fidelity, cache),
             lambda a, b: self.progress("decode latency", a, b),
         )
         self.progress("prefill", 0, 1)
-        return timing | prefill.measure(self.model, handle, bench.prompt)
+        return timing | prefill.measure(self.model, handle, bench.decoder(handle))
 
     def _check_paths(self, handle: SparseModel, quality: Quality) -> dict[str, float]:
         """Nothing is timed whose decode step computes something else than what was evaluated."""

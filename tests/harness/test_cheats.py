@@ -35,9 +35,11 @@ def measure(model: Any, handle: SparseModel, bandwidth: float | None = None, ste
     bench = latency.Bench(model, windows(2, 16), bandwidth)
     assert fidelity.kernel_check(model, handle, windows(1), 16) <= fidelity.kernel_tolerance(QUALITY)
     step = {"density": 0.5, "bytes": step_bytes, "bytes_dense": 2, "bytes_8bit": 1}
-    return bench.measure(
-        handle, lambda: step, lambda text, n: checks.timed_text(model, handle, text, n, QUALITY), lambda a, b: None
-    )
+
+    def check(text: torch.Tensor, steps: int, cache: Any) -> float:
+        return checks.timed_text(model, handle, text, steps, QUALITY, cache)
+
+    return bench.measure(handle, lambda: step, check, lambda a, b: None)
 
 
 class Cheat:

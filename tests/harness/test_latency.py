@@ -19,7 +19,7 @@ def step() -> dict[str, Any]:
     return {"density": 0.5, "bytes": 1000, "bytes_dense": 2000, "bytes_8bit": 1000}
 
 
-def unchecked(text: torch.Tensor, steps: int) -> float:
+def unchecked(text: torch.Tensor, steps: int, cache: Any) -> float:
     return 0.0
 
 
@@ -63,6 +63,27 @@ def test_cpu_latency_is_labelled_and_interleaved(make: Any, sites: int) -> None:
     assert found["ci"][0] <= found["speedup"] <= found["ci"][1]
     assert "fraction_of_limit" not in found  # no byte limit without a measured bandwidth
     assert len(unions) == 2 * sites and set(unions.values()) == {latency.CPU_STEPS}
+
+
+@pytest.mark.parametrize(
+    ("spec", "mode", "caches"),
+    [
+        ("teal:allocation=uniform", "decode", 1),
+        ("teal:allocation=uniform", "all", 2),
+        ("lte:stage1_steps=1:stage2_steps=1:trials=1:batch=2:lr=0.01", "decode", 2),
+    ],
+)
+def test_runners_share_the_cache_of_a_dense_prompt(spec: str, mode: str, caches: int) -> None:
+    model = llama()
+    bench = latency.Bench(model, windows(2, 16), None)
+    dense = bench.dense[0].text(latency.CPU_STEPS)
+    with attached(model, spec, mode) as handle:
+        sparse = bench._runners("sparse", handle)[0]
+        assert len({id(runner.decoder.cache) for runner in (*bench.dense, sparse)}) == caches
+        with handle.sparse():
+            taken_turns = [sparse.text(latency.CPU_STEPS) for _ in range(2)]
+    assert torch.equal(bench.dense[0].text(latency.CPU_STEPS), dense)
+    assert torch.equal(*taken_turns) and not torch.equal(taken_turns[0], dense)
 
 
 def test_dense_alone_has_no_speedup() -> None:
@@ -127,9 +148,13 @@ def test_a_run_says_why_it_stopped(rounds: int, noise: list[float], seconds: flo
 def test_a_prompt_runs_in_its_mode_and_over_the_single_storage(make: Any, mode: str, ways: list[str]) -> None:
     model, prompt = make(), windows(2, 16)
     weights = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
+    decoder = latency.Decoder(model, prompt, 8)
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in decoder.cache.layers]  # type: ignore[attr-defined]
     with attached(model, mode=mode) as handle:
-        found = prefill.measure(model, handle, prompt)
+        found = prefill.measure(model, handle, decoder)
         assert not handle.meter.counts
+    for layer, (keys, values) in zip(decoder.cache.layers, before, strict=True):  # for whoever decodes from it next
+        assert torch.equal(layer.keys, keys) and torch.equal(layer.values, values)  # type: ignore[attr-defined]
     assert list(found["prefill"]) == ["tokens", *ways, "single storage"] and found["prefill"]["tokens"] == 32
     for way in (*ways, "single storage"):
         samples = [run for block in found["prefill"][way]["samples"] for run in block]
@@ -167,7 +192,7 @@ def test_a_storage_for_which_memory_ends_is_left_out(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Projection, "__init__", full)
     with attached(model) as handle:
-        found = prefill.measure(model, handle, windows(1, 16))
+        found = prefill.measure(model, handle, latency.Decoder(model, windows(1, 16), 8))
     assert list(found["prefill"]) == ["tokens", "dense"] and found["memory"] == {}
     for name, parameter in model.named_parameters():
         assert parameter.data_ptr() == weights[name][0] and torch.equal(parameter, weights[name][1])
