@@ -325,6 +325,11 @@ class Bench:
         with handle.positions(mask):
             return Decoder(self.model, self.prompt, ROOM)
 
+    @torch.no_grad()
+    def refill(self) -> None:
+        """The shared cache holds the dense prompt again, whatever used it since; with nothing attached."""
+        self._decoder.prefill()
+
     def _same_when_dense(self, handle: SparseModel) -> bool:
         with handle.dense():
             error = (self._start() - self._logits).norm() / self._logits.norm()

@@ -54,9 +54,11 @@ class Pair:
 
     @cached_property
     def difference(self) -> stats.Interval:
-        """Mean negative log-likelihood, the better cell's minus the worse one's [nats/token], paired over windows."""
-        one, other = self.better.part("items"), self.worse.part("items")
-        return stats.difference(one["nll"], other["nll"], one["tokens"])
+        """Mean negative log-likelihood, the better cell's minus the worse one's [nats/token], paired over windows of
+        the seeds that both have."""
+        one, other = _items(self.better), _items(self.worse)
+        parts = [(one[seed]["nll"], other[seed]["nll"], one[seed]["tokens"]) for seed in one if seed in other]
+        return stats.difference(*parts[0]) if len(parts) == 1 else stats.repeated_difference([[p] for p in parts])
 
     @property
     def seen(self) -> bool:
@@ -132,20 +134,29 @@ def _options(row: Row) -> dict[str, Any]:
     return row.part("artifact").get("options") or row.record["cell"]["options"]
 
 
+def _items(row: Row) -> dict[int, dict[str, Any]]:
+    """The scores of single windows, by seed."""
+    found = {one.record["cell"]["seed"]: one.part("items") for one in row.repeats or [row]}
+    return {seed: items for seed, items in found.items() if items.get("nll")}
+
+
 def _is(row: Row, wanted: Mapping[str, Any]) -> bool:
     """Whether this is a cell of the wanted kind that has scores and a target density to be named by."""
     options = {"method": row.method, **_options(row)}
-    scored = row.target is not None and bool(row.part("items").get("nll"))
+    scored = row.target is not None and bool(_items(row))
     return scored and all(options.get(name) == value for name, value in wanted.items())
 
 
 def _alike(one: Row, other: Row, ordering: Ordering) -> bool:
-    """Evaluated on the same windows; of two cells of one method, no option differs that the ordering does not name.
+    """With a seed in common, evaluated on the same windows; of two cells of one method, no option differs that the
+    ordering does not name.
 
     Of two methods, the size of experts alone.
     """
     a, b = _options(one), _options(other)
     free = SEARCH | set(ordering.better) | set(ordering.worse)
     names = (set(a) | set(b)) - free if one.method == other.method else {"expert_size"}
-    same_text = one.part("items").get("tokens") == other.part("items").get("tokens")
-    return same_text and all(a.get(name) == b.get(name) for name in names)
+    first, second = _items(one), _items(other)
+    common = [seed for seed in first if seed in second]
+    same_text = all(first[seed].get("tokens") == second[seed].get("tokens") for seed in common)
+    return bool(common) and same_text and all(a.get(name) == b.get(name) for name in names)

@@ -229,7 +229,7 @@ def git_state() -> dict[str, Any]:
     """`commit` and `dirty` of our checkout; None for both where the code is not in a git repository of its own."""
 
     def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(ROOT), *arguments]
+        command = ["git", "-C", str(ROOT), "-c", "core.fileMode=false", *arguments]  # a copy may lose those bits
         try:
             return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
         except (OSError, subprocess.SubprocessError):

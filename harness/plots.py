@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import cycle
 from math import log
 from pathlib import Path
@@ -16,6 +16,7 @@ from .rows import Grid, Group, Row, grids
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vPX"
 FRONT = "#bbbbbb"
+CROWDED = 9  # variants above which a panel shows each method's best alone
 DENSITY = "realised density of the blocks' linear weights"
 
 Value = Callable[[Row], "float | None"]
@@ -103,14 +104,15 @@ def shown(groups: Sequence[Group]) -> list[Figure]:
     return [figure for figure in FIGURES if figure.parts(groups)]
 
 
-def _with_curves(groups: Sequence[Group]) -> list[tuple[Group, list[Panel]]]:
-    """Quality over density, where two methods or controls have three densities each."""
+def _with_curves(groups: Sequence[Group]) -> list[tuple[Group, str]]:
+    """Tables and their methods, where there are two methods or controls with three densities each."""
     found = []
     for group in groups:
-        series = Counter((row.method, row.options) for row in group.rows if row.density is not None)
-        wanted = [replace(p, x=_density, x_label=DENSITY) for p in panels(group) if p.larger is not None]
-        if wanted and sum(n >= 3 for n in series.values()) >= 2:
-            found.append((group, wanted))
+        rows = [row for row in group.rows if row.density is not None and _perplexity(row) is not None]
+        series = Counter((row.method, row.options) for row in rows if not row.is_baseline)
+        curves = [method for (method, _), n in series.items() if n >= 3]
+        if len(curves) >= 2:
+            found += [(group, method) for method in dict.fromkeys(curves)]
     return found
 
 
@@ -137,16 +139,18 @@ def _with_panels(groups: Sequence[Group]) -> list[tuple[Group, list[Panel]]]:
 
 
 def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
-    """One line of panels per table."""
+    """One line of panels per table, without controls."""
     from matplotlib import pyplot as plt
 
-    styles = _styles({(row.method, row.options) for group, _ in parts for row in group.rows if not row.is_baseline})
+    styles = _styles({key for group, _ in parts for row in group.rows if not row.is_baseline for key in _keys(row)})
     columns = max(len(found) for _, found in parts)
     size = (4.6 * columns + 0.4, 3.9 * len(parts))
     figure, axes = plt.subplots(len(parts), columns, figsize=size, squeeze=False, layout="constrained")
     for line, (group, found) in zip(axes, parts, strict=True):
         for axis, panel in zip(line, found, strict=False):
-            _draw(axis, group, panel, styles)
+            rows = [row for row in group.rows if not row.control]
+            crowded = len({(row.method, row.options) for row in rows}) > CROWDED
+            _draw(axis, rows, panel, styles, best=crowded and panel.larger is not None)
         for axis in line[len(found) :]:
             axis.set_visible(False)
         named: dict[str, Any] = {}
@@ -158,6 +162,32 @@ def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
         title = [part for text in (group.title, group.details) for part in wrap(text, 64 * columns)]
         line[0].set_title("\n".join(title), loc="left", fontsize=8.5)
     return figure
+
+
+def _curves(parts: list[tuple[Group, str]]) -> Any:
+    """A panel per table and method: its variants and controls, over the front of all methods."""
+    from matplotlib import pyplot as plt
+
+    columns = min(3, len(parts))
+    lines = -(-len(parts) // columns)
+    panel = Panel("perplexity ÷ dense (log)", _perplexity, larger=False, log=True, x=_density, x_label=DENSITY)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.4 * columns, 3.7 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(parts) :]:
+        axis.set_visible(False)
+    for axis, (group, method) in zip(axes.flat, parts, strict=False):
+        own = [row for row in group.rows if row.method in ("dense", method)]
+        styles = _styles({(row.method, row.options) for row in own if row.method == method})
+        _draw(axis, own, panel, styles, front_of=group.rows)
+        axis.legend(fontsize=7, frameon=False)
+        axis.set_title(f"{method}: {group.setting['model']}, {group.setting['mode']}", loc="left", fontsize=8.5)
+    return figure
+
+
+def _keys(row: Row) -> set[tuple[str, str]]:
+    """Under which a row may stand in a legend: its variant, and where only the best of these are shown its method."""
+    return {(row.method, row.options), (row.method, "")}
 
 
 def _styles(series: set[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
@@ -260,7 +290,7 @@ def _lines(found: list[Grid]) -> Any:
 
 FIGURES = (
     Figure("pareto.png", "Accuracy over bytes read per token", _with_panels, _pareto),
-    Figure("quality.png", "Accuracy over density, controls included", _with_curves, _pareto),
+    Figure("quality.png", "Accuracy over density, variants and controls of each method", _with_curves, _curves),
     Figure("density.png", "Density by layer, and what sequences read together", _with_profiles, _profiles),
     Figure("grid.png", "Speed-up over batch and context", grids, _lines),
     Figure("breakdown.png", "Where the time of a decode step goes", _traced, _bars),
@@ -276,18 +306,35 @@ def front(points: Sequence[tuple[float, float]], larger: bool) -> list[tuple[flo
     return best
 
 
-def _draw(axis: Any, group: Group, panel: Panel, styles: dict[tuple[str, str], tuple[str, str]]) -> None:
+def _draw(
+    axis: Any,
+    rows: Sequence[Row],
+    panel: Panel,
+    styles: dict[tuple[str, str], tuple[str, str]],
+    best: bool = False,
+    front_of: Sequence[Row] | None = None,
+) -> None:
+    """A line per variant, or with `best` one per method along its own front; behind them the front of `front_of`."""
+
+    def points(of: Sequence[Row]) -> list[tuple[float, float, Row]]:
+        return [(x, y, row) for row in of if (x := panel.x(row)) is not None and (y := panel.value(row)) is not None]
+
+    def edge(found: Sequence[tuple[float, float, Row]]) -> list[tuple[float, float]]:
+        return front([(x, y) for x, y, row in found if row.method != "null" and not row.control], bool(panel.larger))
+
     series: dict[tuple[str, str], list[tuple[float, float, Row]]] = {}
-    for row in group.rows:
-        x, y = panel.x(row), panel.value(row)
-        if x is not None and y is not None:
-            series.setdefault((row.method, row.options), []).append((x, y, row))
+    for point in points(rows):
+        row = point[2]
+        series.setdefault((row.method, "" if best else row.options), []).append(point)
+    if best:
+        series = {
+            key: sorted(p for p in found if p[:2] in edge(found) or p[2].is_baseline) for key, found in series.items()
+        }
     if panel.log:
-        _log_axis(axis, [y for points in series.values() for _, y, _ in points])
+        _log_axis(axis, [y for found in series.values() for _, y, _ in found])
     if panel.larger is not None:
-        points = [(x, y) for found in series.values() for x, y, row in found if row.method != "null" if not row.control]
-        edge = front(points, panel.larger)
-        axis.step(*zip(*edge, strict=True), where="post", color=FRONT, linewidth=5, alpha=0.5, label="Pareto front")
+        steps = edge(points(rows if front_of is None else front_of))
+        axis.step(*zip(*steps, strict=True), where="post", color=FRONT, linewidth=5, alpha=0.5, label="Pareto front")
     for (method, options), found in series.items():
         xs, ys = [x for x, _, _ in found], [y for _, y, _ in found]
         if method == "dense":
@@ -297,7 +344,7 @@ def _draw(axis: Any, group: Group, panel: Panel, styles: dict[tuple[str, str], t
             axis.plot(xs, ys, "x", color="#777777", markersize=8, label="null", zorder=3)
         else:
             colour, marker = styles[method, options]
-            label = f"{method} ({options})" if options else method
+            label = f"{method} ({options})" if options and not front_of else options or method
             line = "--" if found[0][2].control else "-"
             axis.plot(xs, ys, marker + line, color=colour, markersize=5, linewidth=1.3, label=label, zorder=3)
             for x, y, row in found:

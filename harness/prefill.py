@@ -31,8 +31,8 @@ STEPS = 2  # decode steps that memory is measured over, after the prompt
 
 @torch.no_grad()
 def measure(model: PreTrainedModel, handle: SparseModel, decoder: latency.Decoder) -> dict[str, Any]:
-    """The record's `latency.prefill` and `latency.memory`, of the decoder's prompt, which its cache holds again after
-    all of them."""
+    """The record's `latency.prefill` and `latency.memory`, of the decoder's prompt. Its cache then holds what the
+    last way made of it."""
     prompt = decoder.prompt
     batch, context = prompt.shape
     active = handle.mask(batch, context, prompt.device)
@@ -55,8 +55,6 @@ def measure(model: PreTrainedModel, handle: SparseModel, decoder: latency.Decode
                 runs.pop(way)
         if perf_counter() - start > SECONDS:
             break
-    with handle.dense():
-        decoder.prefill()
     found: dict[str, Any] = {"tokens": prompt.numel()}
     for way, blocks in runs.items():
         names = ("prefill", "first_token")

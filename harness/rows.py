@@ -261,7 +261,9 @@ class Group:
 
 
 def disturbances(record: Record) -> list[str]:
-    """What disturbed the GPU, as seen around every timed round and at the end."""
+    """What disturbed the GPU, as seen around every timed round and at the end; nothing where nothing was timed."""
+    if not record["cell"].get("timed", True):
+        return []
     seen = [record["machine"].get("gpu") or {}, (record.get("latency") or {}).get("watch") or {}]
     found = []
     if any(isinstance(gpu.get("throttle"), list) and gpu["throttle"] for gpu in seen):

@@ -204,6 +204,8 @@ class Session:
                 flat = flat.repeat(1 + cell.batch * cell.context // len(flat))
             prompt = flat[: cell.batch * cell.context].view(cell.batch, cell.context).to(self.device)
             self._bench, self._bench_shape = latency.Bench(self.model, prompt, self.bandwidth), shape
+        else:
+            self._bench.refill()  # the cell before may have failed in the middle of its own
         return self._bench
 
     def _timed_step(self, handle: SparseModel, cell: Cell) -> dict[str, Any]:

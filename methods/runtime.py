@@ -52,6 +52,9 @@ class Projection:
     def __init__(self, modules: list[nn.Module], share: bool) -> None:
         linears: list[Any] = [getattr(m, "linear", m) for m in modules]
         self.layers: list[Any] = [m if getattr(m, "threshold", None) is not None else None for m in modules]
+        for module in modules:
+            if isinstance(module, SparseLinear):  # its own transposed copy would be a second one
+                module.release()
         self.widths = [linear.out_features for linear in linears]
         self.weight_t = torch.cat([linear.weight.detach() for linear in linears]).t().contiguous()
         given = [linear.bias for linear in linears]

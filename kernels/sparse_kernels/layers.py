@@ -209,6 +209,10 @@ class SparseLinear(SparseLayer):
         if not self.weight_t.numel():
             self.weight_t = self.linear.weight.detach().t().contiguous()
 
+    def release(self) -> None:
+        """Forgets the transposed weights, until they are needed again."""
+        self.weight_t = self.weight_t.new_empty(0)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.phase.active is False:
             return self.linear(x)
