@@ -142,15 +142,20 @@ def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
     """One line of panels per table, without controls."""
     from matplotlib import pyplot as plt
 
-    styles = _styles({key for group, _ in parts for row in group.rows if not row.is_baseline for key in _keys(row)})
     columns = max(len(found) for _, found in parts)
     size = (4.6 * columns + 0.4, 3.9 * len(parts))
     figure, axes = plt.subplots(len(parts), columns, figsize=size, squeeze=False, layout="constrained")
     for line, (group, found) in zip(axes, parts, strict=True):
+        rows = [row for row in group.rows if not row.control]
+        series = {(row.method, row.options) for row in rows if not row.is_baseline}
+        best = len(series) > CROWDED
+        if best and all(panel.larger is not None for panel in found):
+            series = {(method, "") for method, _ in series}
+        elif best:
+            series |= {(method, "") for method, _ in series}
+        styles = _styles(series)
         for axis, panel in zip(line, found, strict=False):
-            rows = [row for row in group.rows if not row.control]
-            crowded = len({(row.method, row.options) for row in rows}) > CROWDED
-            _draw(axis, rows, panel, styles, best=crowded and panel.larger is not None)
+            _draw(axis, rows, panel, styles, best=best and panel.larger is not None)
         for axis in line[len(found) :]:
             axis.set_visible(False)
         named: dict[str, Any] = {}
@@ -161,6 +166,27 @@ def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
         line[len(found) - 1].legend(named.values(), named.keys(), fontsize=7.5, frameon=False, **place)
         title = [part for text in (group.title, group.details) for part in wrap(text, 64 * columns)]
         line[0].set_title("\n".join(title), loc="left", fontsize=8.5)
+    return figure
+
+
+def _curves(parts: list[tuple[Group, str]]) -> Any:
+    """A panel per table and method: its variants and controls, over the front of all methods."""
+    from matplotlib import pyplot as plt
+
+    columns = min(3, len(parts))
+    lines = -(-len(parts) // columns)
+    panel = Panel("perplexity ÷ dense (log)", _perplexity, larger=False, log=True, x=_density, x_label=DENSITY)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.4 * columns, 3.7 * lines), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[len(parts) :]:
+        axis.set_visible(False)
+    for axis, (group, method) in zip(axes.flat, parts, strict=False):
+        own = [row for row in group.rows if row.method in ("dense", method)]
+        styles = _styles({(row.method, row.options) for row in own if row.method == method})
+        _draw(axis, own, panel, styles, front_of=group.rows)
+        axis.legend(fontsize=7, frameon=False)
+        axis.set_title(f"{method}: {group.setting['model']}, {group.setting['mode']}", loc="left", fontsize=8.5)
     return figure
 
 
@@ -327,9 +353,9 @@ def _draw(
         row = point[2]
         series.setdefault((row.method, "" if best else row.options), []).append(point)
     if best:
-        series = {
-            key: sorted(p for p in found if p[:2] in edge(found) or p[2].is_baseline) for key, found in series.items()
-        }
+        for key, found in series.items():
+            kept = [point for point in found if point[:2] in edge(found) or point[2].is_baseline]
+            series[key] = sorted(kept, key=lambda point: point[:2])
     if panel.log:
         _log_axis(axis, [y for found in series.values() for _, y, _ in found])
     if panel.larger is not None:

@@ -34,10 +34,23 @@ def test_curves_and_profiles_are_drawn_where_records_have_them(tmp_path: Any) ->
         ("moefication", ""),
         ("moefication", "selector=oracle"),
     }
-    ((_, wanted),) = plots._with_curves(groups)
-    assert [panel.x(row) for panel in wanted[:1] for row in groups[0].rows if row.method == "lte"] == [0.7, 0.5, 0.3]
+    assert [method for _, method in plots._with_curves(groups)] == ["lte", "moefication"]
     styles = plots._styles({(str(i), "") for i in range(20)})
     assert len(set(styles.values())) == 20
+
+
+def test_a_crowded_panel_shows_each_methods_best_and_no_control() -> None:
+    from matplotlib import pyplot as plt
+
+    variants = [record("moefication", 0.5, options={"seed": i}, key=f"m{i}") for i in range(plots.CROWDED)]
+    variants.append(record("lte", 0.5, key="lte"))
+    variants.append(record("moefication", 0.5, options={"selector": "oracle"}, key="control"))
+    variants[-1]["artifact"] = {"manifest": {"control": "looks"}}
+    (found,) = rows.group([record(), *variants])
+    figure = plots._pareto([(found, plots.panels(found)[:1])])
+    labels = figure.axes[0].get_legend_handles_labels()[1]
+    plt.close(figure)
+    assert {"lte", "moefication", "dense"} <= set(labels) and not any("(" in label for label in labels)
 
 
 def test_page_has_units_machine_and_every_row() -> None:
