@@ -190,32 +190,6 @@ def _curves(parts: list[tuple[Group, str]]) -> Any:
     return figure
 
 
-def _curves(parts: list[tuple[Group, str]]) -> Any:
-    """A panel per table and method: its variants and controls, over the front of all methods."""
-    from matplotlib import pyplot as plt
-
-    columns = min(3, len(parts))
-    lines = -(-len(parts) // columns)
-    panel = Panel("perplexity ÷ dense (log)", _perplexity, larger=False, log=True, x=_density, x_label=DENSITY)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.4 * columns, 3.7 * lines), squeeze=False, layout="constrained"
-    )
-    for axis in axes.flat[len(parts) :]:
-        axis.set_visible(False)
-    for axis, (group, method) in zip(axes.flat, parts, strict=False):
-        own = [row for row in group.rows if row.method in ("dense", method)]
-        styles = _styles({(row.method, row.options) for row in own if row.method == method})
-        _draw(axis, own, panel, styles, front_of=group.rows)
-        axis.legend(fontsize=7, frameon=False)
-        axis.set_title(f"{method}: {group.setting['model']}, {group.setting['mode']}", loc="left", fontsize=8.5)
-    return figure
-
-
-def _keys(row: Row) -> set[tuple[str, str]]:
-    """Under which a row may stand in a legend: its variant, and where only the best of these are shown its method."""
-    return {(row.method, row.options), (row.method, "")}
-
-
 def _styles(series: set[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
     """A colour and a marker for each method with its options; a second round of colours has other markers."""
     n = len(COLOURS)
