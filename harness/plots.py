@@ -67,7 +67,8 @@ def panels(group: Group) -> list[Panel]:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture of a leaderboard. `parts`: what of the groups it can show; `draw`: a matplotlib figure of these."""
+    """A picture of a leaderboard. `file`: .svg for those of many panels, which would be large as .png too; `parts`:
+    what of the groups it can show; `draw`: a matplotlib figure of these."""
 
     file: str
     caption: str
@@ -76,7 +77,8 @@ class Figure:
 
 
 def write(groups: Sequence[Group], folder: Path) -> list[Path]:
-    """Writes every figure that has something to show as .png and .svg, byte for byte the same for the same records."""
+    """Writes every figure that has something to show as .svg, and where its `file` is one as .png: byte for byte the
+    same for the same records."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -89,13 +91,14 @@ def write(groups: Sequence[Group], folder: Path) -> list[Path]:
             path = folder / figure.file
             with plt.rc_context({"svg.hashsalt": path.stem, "font.size": 9}):
                 drawn = figure.draw(parts)
-                drawn.savefig(path, dpi=100)
-                with Image.open(path) as image:  # 64 colours are enough for lines, and a third of the bytes
-                    small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
-                small.save(path, optimize=True)
+                if path.suffix == ".png":
+                    drawn.savefig(path, dpi=100)
+                    with Image.open(path) as image:  # 64 colours are enough for lines, and a third of the bytes
+                        small = image.convert("RGB").quantize(64, dither=Image.Dither.NONE)
+                    small.save(path, optimize=True)
                 drawn.savefig(path.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
                 plt.close(drawn)
-            files += [path, path.with_suffix(".svg")]
+            files += dict.fromkeys((path, path.with_suffix(".svg")))
     return files
 
 
@@ -290,8 +293,8 @@ def _lines(found: list[Grid]) -> Any:
 
 FIGURES = (
     Figure("pareto.png", "Accuracy over bytes read per token", _with_panels, _pareto),
-    Figure("quality.png", "Accuracy over density, variants and controls of each method", _with_curves, _curves),
-    Figure("density.png", "Density by layer, and what sequences read together", _with_profiles, _profiles),
+    Figure("quality.svg", "Accuracy over density, variants and controls of each method", _with_curves, _curves),
+    Figure("density.svg", "Density by layer, and what sequences read together", _with_profiles, _profiles),
     Figure("grid.png", "Speed-up over batch and context", grids, _lines),
     Figure("breakdown.png", "Where the time of a decode step goes", _traced, _bars),
 )

@@ -85,7 +85,7 @@ def test_they_take_part_in_every_round_but_not_in_the_speedup(stand_in: None, mo
     bench.quantised = bench._quantised()
     step = {"density": 1.0, "bytes": 2000, "bytes_dense": 2000, "bytes_8bit": 1000}
     with sparsify(model, parse("null").artifact(model, None, {}, {})) as handle:
-        found = bench.measure(handle, lambda: step, lambda text, steps: 0.0, lambda a, b: None)
+        found = bench.measure(handle, lambda: step, lambda text, steps, cache: 0.0, lambda a, b: None)
     assert list(found["quantised"]) == ["dense int8", "dense fp8"] and list(found["dense"]) == ["dense cpu"]
     assert found["baseline"] == "dense cpu"
     assert len(found["samples"]["dense int8"]) == len(found["samples"]["sparse cpu"])

@@ -24,9 +24,9 @@ def test_curves_and_profiles_are_drawn_where_records_have_them(tmp_path: Any) ->
             store.append(tmp_path, {**found, "density": {"model": density, "sites": {"ffn": ffn}, "union": None}})
     store.append(tmp_path, record())
     files = {path.name for path in report.build(tmp_path)}
-    assert {"quality.png", "density.png"} <= files
+    assert {"quality.svg", "density.svg"} <= files
     page = (tmp_path / "LEADERBOARD.md").read_text()
-    assert "](quality.png)" in page and "](density.png)" in page
+    assert "](quality.svg)" in page and "](density.svg)" in page
     groups = rows.group(store.load(tmp_path))
     ((_, shown),) = plots._with_profiles(groups)
     assert {(row.method, row.options) for row in shown} == {
