@@ -68,7 +68,7 @@ class Event:
 
 
 def trace(runner: Any, steps: int = STEPS) -> list[Event]:
-    """The kernels of some decode steps of a `latency.Runner`, in order of their begin."""
+    """The kernels of some decode steps of a `decoder.Runner`, in order of their begin."""
     from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 

@@ -72,7 +72,10 @@ class Claim:
         return stats.Interval(100 - row.loss[0], 100 - row.loss[1], 100 - row.loss[0]) if row.loss else None
 
     def accepts(self, row: Row) -> bool:
-        """Whether a cell is within the claim's setting, or near enough to it to say something about the claim."""
+        """Whether a cell is within the claim's setting, or near enough to it to say something about the claim.
+
+        A control is no cell of its method.
+        """
         cell = row.record["cell"]
         ffn = ((row.part("density").get("sites") or {}).get("ffn") or {}).get("mean")
         ranges = (
@@ -82,7 +85,8 @@ class Claim:
             (self.context, cell["context"]),
         )
         within = all(span is None or (x is not None and span[0] <= x <= span[1]) for span, x in ranges)
-        return row.method == self.method and cell["model"] in (*self.models, *self.similar) and within
+        known = cell["model"] in (*self.models, *self.similar)
+        return row.method == self.method and not row.control and known and within
 
     def keeps_quality(self, row: Row) -> bool | None:
         """Whether the loss is within what the claim allows; True where it allows any, None where it is unknown."""
@@ -223,11 +227,12 @@ def _remarks(claim: Claim, row: Row) -> Iterable[str]:
 
 
 def _support(found: Finding) -> tuple[Any, ...]:
-    """A better verdict first, then the paper's own models, known quality, and the larger number."""
+    """A better verdict first, then the paper's own models, known quality, the larger number and the smaller loss."""
     assert found.row is not None and found.value is not None
     own = found.row.record["cell"]["model"] in found.claim.models
     kept = {True: 2, None: 1, False: 0}[found.claim.keeps_quality(found.row)]
-    return -VERDICTS.index(found.verdict), own, kept, found.value.estimate
+    loss = found.row.loss[0] if found.row.loss else 0.0
+    return -VERDICTS.index(found.verdict), own, kept, found.value.estimate, -loss
 
 
 def _speedup(row: Row, baseline: str | None) -> stats.Interval | None:

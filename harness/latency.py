@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from methods.families import cached
 from methods.runtime import runtime, why_not
 
 from . import breakdown, machine, quantised, stats
-from .fidelity import decode_mask
+from .decoder import WARM_STEPS, Decoder, Runner
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,92 +34,10 @@ TARGET_NOISE = 0.01  # stop once the interval of the speed-up is this narrow, as
 SETTLED = 0.9  # or once three more rounds left more than this share of the noise
 ENERGY_SECONDS = 1.5  # the GPU's counter ticks every 20 to 100 ms: its share of such a window is what energy is good to
 IMPOSSIBLE = 1.1  # of the byte limit, above the noise of both sides
-HIDDEN = (10.0, 0.1)  # ms, and share of a block's time, that may pass between its last event and the end of all work
-WARM_STEPS = 4
 GPU_STEPS = 32  # timed steps per block
 CPU_STEPS = 6
 START, SAME = 64, 0.01  # tokens, and the relative error of logits up to which two models are one, up to rounding
 ROOM = WARM_STEPS + max(GPU_STEPS, CPU_STEPS) + 4  # of the cache, for steps
-
-
-class Decoder:
-    """A greedy decode step over a static cache, with every tensor at a fixed address. It begins after the prompt.
-
-    like: a decoder after the same prompt, whose cache this one shares: at large batch and context a cache is larger
-    than the model. They take turns, each from a `rewind`.
-    """
-
-    def __init__(self, model: PreTrainedModel, prompt: Tensor, steps: int, like: Decoder | None = None) -> None:
-        from transformers import StaticCache
-
-        self.model, self.prompt = model, prompt
-        batch, context = prompt.shape
-        self.cache: StaticCache = (
-            like.cache if like else StaticCache(config=model.config, max_cache_len=context + steps)
-        )
-        self.extra = decode_mask(model, prompt.new_ones(batch, context + steps)) | cached(model, self.cache)
-        self.positions = torch.arange(context, device=prompt.device)[None]
-        self.first: Tensor = like.first if like else self.prefill()
-        self.token = self.first.clone()
-        self.position = torch.full((1, 1), context, device=prompt.device)
-        self.rewind()
-
-    def prefill(self) -> Tensor:
-        """Runs the prompt into the emptied cache; the next token of every sequence, int64 [batch, 1]."""
-        self.cache.reset()
-        forward = dict(input_ids=self.prompt, position_ids=self.positions, use_cache=True, logits_to_keep=1)
-        return self.model(**forward, **self.extra).logits[:, -1:].argmax(-1)
-
-    def rewind(self) -> None:
-        """Back to the end of the prompt; later cache entries are masked by position and overwritten."""
-        self.token.copy_(self.first)
-        self.position.fill_(self.prompt.shape[1])
-        layers: Any = self.cache.layers
-        for layer in layers:
-            if hasattr(layer, "cumulative_length"):  # not where keys and values are those of an earlier layer
-                layer.cumulative_length.fill_(self.prompt.shape[1])
-            if hasattr(layer, "cumulative_length_int"):  # sliding layers count on the host too
-                layer.cumulative_length_int = self.prompt.shape[1]
-
-    def step(self, forward: Callable[..., Any]) -> None:
-        logits = forward(input_ids=self.token, position_ids=self.position, use_cache=True, **self.extra).logits
-        self.token.copy_(logits[:, -1:].argmax(-1))
-        self.position.add_(1)
-
-
-@dataclass
-class Runner:
-    """One way to run the decode step of `decoder`. keeps: what a graph reads and nobody else holds."""
-
-    name: str
-    decoder: Decoder
-    step: Callable[[], None]
-    keeps: Any = None
-
-    def rewind(self) -> None:
-        self.decoder.rewind()
-
-    def block(self, steps: int) -> list[float]:
-        """Milliseconds of each of `steps` steps, after some that are not timed."""
-        for _ in range(WARM_STEPS):
-            self.step()
-        if self.decoder.prompt.is_cuda:
-            return _events(self.step, steps)
-        samples = []
-        for _ in range(steps):
-            start = perf_counter()
-            self.step()
-            samples.append(1e3 * (perf_counter() - start))
-        return samples
-
-    def text(self, steps: int) -> Tensor:
-        """The prompt, its next token and those of `steps` steps: int64 [batch, context + 1 + steps]."""
-        self.rewind()
-        tokens = [self.decoder.prompt, self.decoder.token.clone()]
-        for _ in range(steps):
-            self.step()
-            tokens.append(self.decoder.token.clone())
-        return torch.cat(tokens, 1)
 
 
 class Bench:
@@ -138,7 +54,7 @@ class Bench:
         self._cached = 4 * torch.cuda.get_device_properties(prompt.device).L2_cache_size if self.gpu else 0
         self.notes: list[str] = []
         self.energy: dict[str, dict[str, float] | None] = {}  # of the dense runners
-        self._decoder = Decoder(model, prompt, ROOM)  # after a dense prompt
+        self._shared = Decoder(model, prompt, ROOM)  # after a dense prompt
         self._logits = self._start()
         self.dense: list[Runner] = self._runners("dense", None)
         self.quantised: list[Runner] = self._quantised() if self.gpu else []
@@ -321,14 +237,14 @@ class Bench:
         unless the method's dense positions differ from the model's: weights can be fine-tuned."""
         mask = handle.mask(*self._shape, self.device) if handle else False
         if handle is None or (mask is False and self._same_when_dense(handle)):
-            return Decoder(self.model, self.prompt, ROOM, self._decoder)
+            return Decoder(self.model, self.prompt, ROOM, self._shared)
         with handle.positions(mask):
             return Decoder(self.model, self.prompt, ROOM)
 
     @torch.no_grad()
     def refill(self) -> None:
         """The shared cache holds the dense prompt again, whatever used it since; with nothing attached."""
-        self._decoder.prefill()
+        self._shared.prefill()
 
     def _same_when_dense(self, handle: SparseModel) -> bool:
         with handle.dense():
@@ -388,26 +304,10 @@ class Bench:
 
     def close(self) -> None:
         self.dense, self.quantised = [], []
-        del self._decoder
+        del self._shared
         gc.collect()
         if self.gpu:
             torch.cuda.empty_cache()
-
-
-def _events(step: Callable[[], None], steps: int) -> list[float]:
-    """Milliseconds of each step, between device events; raises RuntimeError for work that hides from them."""
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        step()
-        mark.record()
-    marks[-1].synchronize()
-    start = perf_counter()
-    torch.cuda.synchronize()
-    hidden, timed = 1e3 * (perf_counter() - start), marks[0].elapsed_time(marks[-1])
-    if hidden > HIDDEN[0] + HIDDEN[1] * timed:
-        raise RuntimeError(f"work went on for {hidden:.3g} ms after the events that timed {timed:.3g} ms of steps")
-    return [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
 
 
 def _stop(rounds: int, noise: list[float], seconds: float) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from math import log
@@ -11,7 +11,8 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
-from .rows import Grid, Group, Row, grids
+from .grids import Grid, grids
+from .rows import Group, Row
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vPX"
@@ -142,7 +143,7 @@ def _with_panels(groups: Sequence[Group]) -> list[tuple[Group, list[Panel]]]:
 
 
 def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
-    """One line of panels per table, without controls."""
+    """One line of panels per table, without controls; where variants are many, each method's best alone."""
     from matplotlib import pyplot as plt
 
     columns = max(len(found) for _, found in parts)
@@ -150,15 +151,10 @@ def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
     figure, axes = plt.subplots(len(parts), columns, figsize=size, squeeze=False, layout="constrained")
     for line, (group, found) in zip(axes, parts, strict=True):
         rows = [row for row in group.rows if not row.control]
-        series = {(row.method, row.options) for row in rows if not row.is_baseline}
-        best = len(series) > CROWDED
-        if best and all(panel.larger is not None for panel in found):
-            series = {(method, "") for method, _ in series}
-        elif best:
-            series |= {(method, "") for method, _ in series}
-        styles = _styles(series)
+        crowded = len({_variant(row) for row in rows}) > CROWDED
         for axis, panel in zip(line, found, strict=False):
-            _draw(axis, rows, panel, styles, best=best and panel.larger is not None)
+            shown, name = (_best(rows, panel), _method) if crowded and panel.larger is not None else (rows, _variant)
+            _draw(axis, shown, panel, name, behind=rows)
         for axis in line[len(found) :]:
             axis.set_visible(False)
         named: dict[str, Any] = {}
@@ -179,22 +175,28 @@ def _curves(parts: list[tuple[Group, str]]) -> Any:
     columns = min(3, len(parts))
     lines = -(-len(parts) // columns)
     panel = Panel("perplexity ÷ dense (log)", _perplexity, larger=False, log=True, x=_density, x_label=DENSITY)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(4.4 * columns, 3.7 * lines), squeeze=False, layout="constrained"
-    )
+    size = (4.4 * columns, 3.7 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(parts) :]:
         axis.set_visible(False)
     for axis, (group, method) in zip(axes.flat, parts, strict=False):
         own = [row for row in group.rows if row.method in ("dense", method)]
-        styles = _styles({(row.method, row.options) for row in own if row.method == method})
-        _draw(axis, own, panel, styles, front_of=group.rows)
+        _draw(axis, own, panel, lambda row: row.options or row.method, behind=group.rows)
         axis.legend(fontsize=7, frameon=False)
         axis.set_title(f"{method}: {group.setting['model']}, {group.setting['mode']}", loc="left", fontsize=8.5)
     return figure
 
 
-def _styles(series: set[tuple[str, str]]) -> dict[tuple[str, str], tuple[str, str]]:
-    """A colour and a marker for each method with its options; a second round of colours has other markers."""
+def _method(row: Row) -> str:
+    return row.method
+
+
+def _variant(row: Row) -> str:
+    return f"{row.method} ({row.options})" if row.options else row.method
+
+
+def _styles(series: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a marker for each name; a second round of colours has other markers."""
     n = len(COLOURS)
     return {key: (COLOURS[i % n], MARKERS[(i + i // n) % len(MARKERS)]) for i, key in enumerate(sorted(series))}
 
@@ -204,12 +206,12 @@ def _profiles(parts: list[tuple[Group, list[Row]]]) -> Any:
     in nothing (dotted) and as they are."""
     from matplotlib import pyplot as plt
 
-    styles = _styles({(row.method, row.options) for _, rows in parts for row in rows})
+    styles = _styles({_variant(row) for _, rows in parts for row in rows})
     size = (9.6, 3.9 * len(parts))
     figure, axes = plt.subplots(len(parts), 2, figsize=size, squeeze=False, layout="constrained")
     for (left, right), (group, rows) in zip(axes, parts, strict=True):
         for row in rows:
-            (colour, marker), ffn = styles[row.method, row.options], row.ffn
+            (colour, marker), ffn = styles[_variant(row)], row.ffn
             layers = range(len(ffn["layers"]))
             low, _, high = zip(*ffn["spread"], strict=True)
             left.plot(layers, ffn["layers"], marker + "-", color=colour, markersize=4, linewidth=1.3, label=row.name)
@@ -309,45 +311,45 @@ def front(points: Sequence[tuple[float, float]], larger: bool) -> list[tuple[flo
     return best
 
 
-def _draw(
-    axis: Any,
-    rows: Sequence[Row],
-    panel: Panel,
-    styles: dict[tuple[str, str], tuple[str, str]],
-    best: bool = False,
-    front_of: Sequence[Row] | None = None,
-) -> None:
-    """A line per variant, or with `best` one per method along its own front; behind them the front of `front_of`."""
+def _points(rows: Sequence[Row], panel: Panel) -> list[tuple[float, float, Row]]:
+    return [(x, y, row) for row in rows if (x := panel.x(row)) is not None and (y := panel.value(row)) is not None]
 
-    def points(of: Sequence[Row]) -> list[tuple[float, float, Row]]:
-        return [(x, y, row) for row in of if (x := panel.x(row)) is not None and (y := panel.value(row)) is not None]
 
-    def edge(found: Sequence[tuple[float, float, Row]]) -> list[tuple[float, float]]:
-        return front([(x, y) for x, y, row in found if row.method != "null" and not row.control], bool(panel.larger))
+def _edge(rows: Sequence[Row], panel: Panel) -> list[tuple[float, float]]:
+    """The front of what is a method, or dense."""
+    able = [row for row in rows if row.method != "null" and not row.control]
+    return front([(x, y) for x, y, _ in _points(able, panel)], bool(panel.larger))
 
-    series: dict[tuple[str, str], list[tuple[float, float, Row]]] = {}
-    for point in points(rows):
-        row = point[2]
-        series.setdefault((row.method, "" if best else row.options), []).append(point)
-    if best:
-        for key, found in series.items():
-            kept = [point for point in found if point[:2] in edge(found) or point[2].is_baseline]
-            series[key] = sorted(kept, key=lambda point: point[:2])
-    if panel.log:
-        _log_axis(axis, [y for found in series.values() for _, y, _ in found])
+
+def _best(rows: Sequence[Row], panel: Panel) -> list[Row]:
+    """The rows on their own method's front, from left to right, and the baselines."""
+    kept: list[Row] = []
+    for method in dict.fromkeys(row.method for row in rows):
+        own = [row for row in rows if row.method == method]
+        edge = _edge(own, panel)
+        found = [point for point in _points(own, panel) if point[:2] in edge or point[2].is_baseline]
+        kept += [row for *_, row in sorted(found, key=lambda point: point[:2])]
+    return kept
+
+
+def _draw(axis: Any, rows: Sequence[Row], panel: Panel, name: Callable[[Row], str], behind: Sequence[Row]) -> None:
+    """A line for the rows of each name, and the front of the rows behind."""
+    series: dict[str, list[tuple[float, float, Row]]] = {}
+    for point in _points(rows, panel):
+        series.setdefault(name(point[2]), []).append(point)
+    styles = _styles({name(row) for row in rows if not row.is_baseline})
     if panel.larger is not None:
-        steps = edge(points(rows if front_of is None else front_of))
+        steps = _edge(behind, panel)
         axis.step(*zip(*steps, strict=True), where="post", color=FRONT, linewidth=5, alpha=0.5, label="Pareto front")
-    for (method, options), found in series.items():
+    for label, found in series.items():
         xs, ys = [x for x, _, _ in found], [y for _, y, _ in found]
-        if method == "dense":
-            axis.plot(xs, ys, "*", color="black", markersize=12, label="dense", zorder=4)
+        if label == "dense":
+            axis.plot(xs, ys, "*", color="black", markersize=12, label=label, zorder=4)
             axis.axhline(ys[0], color="black", linewidth=0.6, linestyle=":", zorder=0)
-        elif method == "null":
-            axis.plot(xs, ys, "x", color="#777777", markersize=8, label="null", zorder=3)
+        elif label == "null":
+            axis.plot(xs, ys, "x", color="#777777", markersize=8, label=label, zorder=3)
         else:
-            colour, marker = styles[method, options]
-            label = f"{method} ({options})" if options and not front_of else options or method
+            colour, marker = styles[label]
             line = "--" if found[0][2].control else "-"
             axis.plot(xs, ys, marker + line, color=colour, markersize=5, linewidth=1.3, label=label, zorder=3)
             for x, y, row in found:
@@ -360,6 +362,8 @@ def _draw(
     axis.grid(alpha=0.2, linewidth=0.5)
     if panel.larger is None:
         axis.set_ylim(bottom=0)
+    if panel.log:
+        _log_axis(axis, [y for found in series.values() for _, y, _ in found])
 
 
 def _log_axis(axis: Any, values: Sequence[float]) -> None:
@@ -373,6 +377,8 @@ def _log_axis(axis: Any, values: Sequence[float]) -> None:
         if bottom <= step <= top and all(abs(log(step / tick)) > log(top / bottom) / 14 for tick in ticks):
             ticks.append(step)
     axis.set_yscale("log")
+    room = max((top / bottom) ** 0.14, 1.02)  # the front of others may reach further than what the panel is about
+    axis.set_ylim(bottom / room, top * room)
     axis.yaxis.set_major_locator(FixedLocator(sorted(ticks) or [1]))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))

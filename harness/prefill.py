@@ -18,6 +18,7 @@ from torch import Tensor
 from methods.runtime import runtime, why_not
 
 from . import latency, machine
+from .decoder import Decoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +31,7 @@ STEPS = 2  # decode steps that memory is measured over, after the prompt
 
 
 @torch.no_grad()
-def measure(model: PreTrainedModel, handle: SparseModel, decoder: latency.Decoder) -> dict[str, Any]:
+def measure(model: PreTrainedModel, handle: SparseModel, decoder: Decoder) -> dict[str, Any]:
     """The record's `latency.prefill` and `latency.memory`, of the decoder's prompt. Its cache then holds what the
     last way made of it."""
     prompt = decoder.prompt
@@ -94,7 +95,7 @@ def resident(model: PreTrainedModel) -> int:
     return sum(sizes.values())
 
 
-def _block(decoder: latency.Decoder) -> list[tuple[float, float]]:
+def _block(decoder: Decoder) -> list[tuple[float, float]]:
     """Prompts one after another: each time (prefill, first token) in milliseconds."""
     run = _on_gpu if decoder.prompt.is_cuda else _on_cpu
     run(decoder)
@@ -105,7 +106,7 @@ def _block(decoder: latency.Decoder) -> list[tuple[float, float]]:
     return found
 
 
-def _on_gpu(decoder: latency.Decoder) -> tuple[float, float]:
+def _on_gpu(decoder: Decoder) -> tuple[float, float]:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start = perf_counter()
@@ -118,7 +119,7 @@ def _on_gpu(decoder: latency.Decoder) -> tuple[float, float]:
     return begin.elapsed_time(end), first_token
 
 
-def _on_cpu(decoder: latency.Decoder) -> tuple[float, float]:
+def _on_cpu(decoder: Decoder) -> tuple[float, float]:
     start = perf_counter()
     tokens = decoder.prefill()
     prefill = 1e3 * (perf_counter() - start)
@@ -126,7 +127,7 @@ def _on_cpu(decoder: latency.Decoder) -> tuple[float, float]:
     return prefill, 1e3 * (perf_counter() - start)
 
 
-def _memory(model: PreTrainedModel, handle: SparseModel, decoder: latency.Decoder) -> dict[str, Any]:
+def _memory(model: PreTrainedModel, handle: SparseModel, decoder: Decoder) -> dict[str, Any]:
     """`alone`: peak bytes of tensors over the prompt and some decode steps, with one copy of the weights and nothing
     else in memory; `reserved`, `process`: all that this process holds, dense baselines and captured graphs included."""
     found: dict[str, Any] = {

@@ -12,7 +12,8 @@ from typing import Any
 from methods.errors import UsageError
 
 from . import board, claims, machine, orderings, store
-from .rows import BUDGETS, Group, doubts_of, grids, group
+from .grids import grids
+from .rows import BUDGETS, Group, doubts_of, group
 from .store import Record
 from .tables import (
     breakdown_columns,

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from methods.base import CONTROLS
+
 from . import stats
 from .store import Record
 
@@ -65,9 +67,9 @@ class Row:
         return self.method in BASELINES
 
     @property
-    def control(self) -> str | None:
-        """Why the cell is no method: it looks at what it claims to skip."""
-        return (self.part("artifact").get("manifest") or {}).get("control")
+    def control(self) -> bool:
+        """Whether the cell is no method but a control of one."""
+        return self.record["cell"]["options"].get("selector") in CONTROLS
 
     @property
     def label(self) -> str:
@@ -289,40 +291,6 @@ def doubts_of(rows: Iterable[Row]) -> list[str]:
         warnings = (row.part("artifact").get("manifest") or {}).get("warnings") or ()
         doubts += [f"{row.label}, {text}" for text in warnings]
     return list(dict.fromkeys(doubts))
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Tables that differ in batch or context alone. speedups: by method, then (batch, context): ratio and verdict."""
-
-    title: str
-    batches: list[int]
-    contexts: list[int]
-    speedups: dict[str, dict[tuple[int, int], tuple[float, str]]]
-
-
-def grids(groups: Iterable[Group]) -> list[Grid]:
-    """One per model, machine and setting that has speed-ups at several batches or contexts; none of a CPU."""
-    alike: dict[str, list[Group]] = {}
-    for found in groups:
-        rest = {name: value for name, value in found.setting.items() if name not in ("batch", "context")}
-        alike.setdefault(json.dumps([found.machine.get("identity"), rest], sort_keys=True), []).append(found)
-    return [grid for found in alike.values() if (grid := _grid(found)) and not found[0].on_cpu]
-
-
-def _grid(groups: list[Group]) -> Grid | None:
-    speedups: dict[str, dict[tuple[int, int], tuple[float, str]]] = {}
-    for found in groups:
-        place = found.setting["batch"], found.setting["context"]
-        for row in found.rows:
-            if row.speedup:
-                speedups.setdefault(row.name, {})[place] = row.speedup.estimate, row.part("latency")["verdict"]
-    places = {place for found in speedups.values() for place in found}
-    if len(places) < 2:
-        return None
-    batches, contexts = (sorted(set(side)) for side in zip(*places, strict=True))
-    s = groups[0].setting
-    return Grid(f"{s['model']} ({s['weights']} weights), {s['mode']}", batches, contexts, speedups)
 
 
 def is_share(task: dict[str, Any]) -> bool:

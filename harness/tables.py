@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .rows import BUDGETS, Grid, Group, Row, is_share
+from .grids import Grid
+from .rows import BUDGETS, Group, Row, is_share
 from .stats import Interval
 
 NONE = "–"

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from sparse_kernels.selectors import Tap
 
 
+# Selectors that tell how good a learned one is. The oracle computes what it leaves out, chance has learned nothing:
+# neither is a method, so neither is timed, ranked or held for a claim.
+CONTROLS = ("oracle", "random")
+
+
 class Progress(Protocol):
     """Reports long work: `done` of `total`, in words a reader understands."""
 
@@ -76,6 +81,10 @@ class Method:
                 raise unknown(f"option of method {self.name}", key, known or ["(none)"])
         self.given = dict(given)
         self.options = self.Options(**given)
+
+    @property
+    def control(self) -> bool:
+        return getattr(self.options, "selector", None) in CONTROLS
 
     def target(self, density: float | None) -> float:
         """The density, for a method that needs one. Raises UsageError where none is given."""

@@ -119,8 +119,6 @@ class D2dmoe(Method):
         manifest |= learned | distilled | {"corpus": data.corpus, "seed": data.seed}
         manifest["tokens"] = manifest.get("tokens", 0) + windows.numel() * (1 + self.options.projections)
         manifest["device"] = next(model.parameters()).device.type
-        if self.options.selector == "oracle":
-            manifest["control"] = "the oracle computes every expert's output to decide which to skip"
         shared = perf_counter() - start
         for density in densities:
             start = perf_counter()

@@ -120,7 +120,7 @@ class Dejavu(Method):
         if reason := self.why_not(model.config):
             raise UsageError(reason)
         start, windows = perf_counter(), data.train(self.options.windows)
-        manifest = manifest_of(model, windows, self.options.windows, data, self.options.selector)
+        manifest = manifest_of(model, windows, self.options.windows, data)
         plans = {self.target(density): _Plan(self, model, self.target(density)) for density in densities}
         places = {self.options.place(part, 0)[0] for part in self._parts()}
         kinds = {part: list(dict.fromkeys(plan.kinds[part] for plan in plans.values())) for part in self._parts()}

@@ -104,8 +104,6 @@ class Moefication(Method):
         manifest |= learned | {"corpus": data.corpus, "seed": data.seed, "variant": self._variant(model.config)}
         manifest["tokens"] = manifest.get("tokens", 0) + windows.numel()
         manifest["device"] = next(model.parameters()).device.type
-        if self.options.selector == "oracle":
-            manifest["control"] = "the oracle computes the whole hidden layer to decide what of it to skip"
         shared = perf_counter() - start
         for density in densities:
             start, artifact = (

@@ -111,7 +111,7 @@ class Polar(Method):
         if reason := self.why_not(model.config):
             raise UsageError(reason)
         start, windows = perf_counter(), data.train(self.options.windows)
-        told = manifest_of(model, windows, self.options.windows, data, self.options.selector)
+        told = manifest_of(model, windows, self.options.windows, data)
         groups = heads_of(model.config)[1]
         wanted = {self.target(density): groups_for(self.name, self.target(density), groups) for density in densities}
         tensors: dict[float, dict[str, Tensor]] = {density: {} for density in wanted}

@@ -279,13 +279,7 @@ def restored(tensors: dict[str, Tensor], name: str) -> tuple[tuple[Tensor, ...],
     return layers, tensors.get(f"{name}.bias")
 
 
-CONTROLS = {
-    "oracle": "the oracle computes everything to decide what to leave out",
-    "random": "nothing was learned",
-}
-
-
-def manifest_of(model: PreTrainedModel, windows: Tensor, wanted: int, data: Data, selector: str) -> dict[str, Any]:
+def manifest_of(model: PreTrainedModel, windows: Tensor, wanted: int, data: Data) -> dict[str, Any]:
     """What manifests of predictors have in common. Raises UsageError where there is too little text to learn from.
 
     activation_bytes: of hidden states before and after a block; what else is alive at once is to be added.
@@ -295,4 +289,4 @@ def manifest_of(model: PreTrainedModel, windows: Tensor, wanted: int, data: Data
     told = {"corpus": data.corpus, "seed": data.seed, "tokens": tokens, "held_out": tokens - split(tokens)}
     told |= {"activation_bytes": held, "device": next(model.parameters()).device.type}
     told |= {"notes": enough(tokens, wanted * windows.shape[1])}
-    return told | ({"control": CONTROLS[selector]} if selector in CONTROLS else {})
+    return told

@@ -9,8 +9,9 @@ import tiny
 import torch
 from baselines import Baseline
 
+from harness.decoder import Runner
 from harness.kernel_bench import OPERATORS
-from harness.latency import GPU_STEPS, Bench, Runner
+from harness.latency import GPU_STEPS, Bench
 from methods.runtime import runtime
 
 LAYER = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32)  # Llama-2-7B

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from harness.latency import Decoder
+from harness.decoder import Decoder
 from methods import SparseModel, sparsify
 from methods.registry import create
 

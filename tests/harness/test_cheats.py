@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from harness import checks, fidelity, latency
+from harness.decoder import Decoder, Runner, events
 from methods import SparseModel, sparsify
 from methods.registry import parse
 from tests.methods.models import data, llama, opt, windows
@@ -125,9 +126,9 @@ def test_steps_that_are_only_honest_when_checked_have_no_time(cheat: type[Cheat]
 def test_steps_that_are_only_honest_when_run_again_have_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """It knows that a block is being timed, and is honest in the text that is checked."""
     model, timing = llama(), []
-    block = latency.Runner.block
+    block = Runner.block
 
-    def watched(self: latency.Runner, steps: int) -> list[float]:
+    def watched(self: Runner, steps: int) -> list[float]:
         timing.append(True)
         try:
             return block(self, steps)
@@ -138,7 +139,7 @@ def test_steps_that_are_only_honest_when_run_again_have_no_time(monkeypatch: pyt
         def __call__(self, x: Tensor) -> Tensor:
             return self.cheat(x) if timing and self.layer.phase.active is True else self.honest(x)
 
-    monkeypatch.setattr(latency.Runner, "block", watched)
+    monkeypatch.setattr(Runner, "block", watched)
     with attached(model) as handle:
         cheated(model, handle, Hasty)
         with pytest.raises(RuntimeError, match="ended in other tokens"):
@@ -150,8 +151,8 @@ def test_steps_that_are_only_honest_when_run_again_have_no_time(monkeypatch: pyt
 def test_honest_text_passes_and_other_text_does_not(batch: int, quality: dict[str, Any] | None) -> None:
     model = llama()
     with attached(model) as handle:
-        decoder = latency.Decoder(model, windows(batch, 16), 8)
-        runner = latency.Runner("", decoder, lambda: decoder.step(model.forward))
+        decoder = Decoder(model, windows(batch, 16), 8)
+        runner = Runner("", decoder, lambda: decoder.step(model.forward))
         with handle.sparse():
             text = runner.text(6)
         assert checks.timed_text(model, handle, text, 6, quality) < 1e-3 and not handle.meter.counts
@@ -240,6 +241,6 @@ def test_work_that_outlives_its_events_is_seen(pending: float, caught: bool, mon
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: time.sleep(pending))
     if caught:
         with pytest.raises(RuntimeError, match="work went on for"):
-            latency._events(lambda: None, 4)
+            events(lambda: None, 4)
     else:
-        assert len(latency._events(lambda: None, 4)) == 4
+        assert len(events(lambda: None, 4)) == 4

@@ -131,3 +131,17 @@ def test_a_folder_that_cannot_be_written_is_a_usage_error(tmp_path: Path) -> Non
     (tmp_path / claims.PAGE).mkdir()
     with pytest.raises(UsageError, match="cannot be written"):
         report.build(tmp_path)
+
+
+def test_a_control_supports_no_claim_and_of_equals_the_smaller_loss_does() -> None:
+    wanted = claim(method="moefication", quantity="FLOPs", value=9.0, loss=-99.0)
+    near, far = (
+        record("moefication", 0.8, key="near"),
+        record("moefication", 0.4, options={"split": "random"}, key="far"),
+    )
+    far["cost"] = near["cost"]
+    control = record("moefication", 0.2, options={"selector": "random"}, key="control")
+    for order in ((near, far), (far, near)):
+        found = judge(wanted, record(), *order, control)
+        assert found.row is not None and found.row.options == ""
+    assert judge(wanted, record(), control).row is None

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from harness import latency, machine, prefill
+from harness.decoder import WARM_STEPS, Decoder, Runner
 from methods import SparseModel, sparsify
 from methods.registry import parse
 from tests.methods.models import data, gemma2, llama, opt, windows
@@ -38,7 +39,7 @@ def test_the_static_decode_step_is_greedy_decoding_and_rewinds(make: object) -> 
     model, prompt = make(), windows(2, 12)  # type: ignore[operator]
     with torch.inference_mode():
         expected = greedy(model, prompt, 6)[:, 12:]
-        decoder = latency.Decoder(model, prompt, 8)
+        decoder = Decoder(model, prompt, 8)
         for _ in range(2):  # the second time from a rewound, dirty cache
             decoder.rewind()
             tokens = [decoder.token.clone()]
@@ -152,7 +153,7 @@ def test_a_run_says_why_it_stopped(rounds: int, noise: list[float], seconds: flo
 def test_a_prompt_runs_in_its_mode_and_over_the_single_storage(make: Any, mode: str, ways: list[str]) -> None:
     model, prompt = make(), windows(2, 16)
     weights = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
-    decoder = latency.Decoder(model, prompt, 8)
+    decoder = Decoder(model, prompt, 8)
     with attached(model, mode=mode) as handle:
         found = prefill.measure(model, handle, decoder)
         assert not handle.meter.counts
@@ -173,6 +174,8 @@ def test_within_the_single_storage_there_is_one_copy_of_the_weights() -> None:
     assert 0 <= before - 4 * sum(p.numel() for p in model.parameters()) < 1024  # the rest is a table of the rotation
     with attached(model, "null") as handle, handle.dense():
         own, wanted = prefill.resident(model), model(windows(1)).logits
+        for layer in handle.layers():
+            layer.materialize()  # as steps outside the runtime do
         with prefill.single_storage(model, handle):
             assert prefill.resident(model) == own  # transposed, not added
             assert not model.model.layers[0].mlp.up_proj.linear.weight.is_contiguous()
@@ -193,7 +196,7 @@ def test_a_storage_for_which_memory_ends_is_left_out(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(Projection, "__init__", full)
     with attached(model) as handle:
-        found = prefill.measure(model, handle, latency.Decoder(model, windows(1, 16), 8))
+        found = prefill.measure(model, handle, Decoder(model, windows(1, 16), 8))
     assert list(found["prefill"]) == ["tokens", "dense"] and found["memory"] == {}
     for name, parameter in model.named_parameters():
         assert parameter.data_ptr() == weights[name][0] and torch.equal(parameter, weights[name][1])
@@ -246,11 +249,11 @@ def test_disturbances_of_all_rounds_are_kept() -> None:
 
 def test_energy_is_per_token_between_ticks_of_the_counter(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llama()
-    decoder = latency.Decoder(model, windows(2, 8), latency.WARM_STEPS + latency.GPU_STEPS)
-    runner = latency.Runner("fake", decoder, lambda: None)
+    decoder = Decoder(model, windows(2, 8), WARM_STEPS + latency.GPU_STEPS)
+    runner = Runner("fake", decoder, lambda: None)
     read = Nvml().nvmlDeviceGetTotalEnergyConsumption
     found = latency.energy(runner, lambda: read(0), seconds=0.05)
-    steps = 3 * (latency.WARM_STEPS + latency.GPU_STEPS)  # per tick of 0.6 J
+    steps = 3 * (WARM_STEPS + latency.GPU_STEPS)  # per tick of 0.6 J
     assert found is not None and found["joules_per_token"] == pytest.approx(0.6 / steps / 2)
     assert found["watts"] > 0 and latency.energy(runner, None) is None
     assert latency.energy(runner, lambda: 7, seconds=0.01) is None  # never ticked

@@ -59,6 +59,25 @@ def test_the_entries_name_methods_and_options_that_exist() -> None:
     assert any(entry.better.get("weight") == defaults["weight"] for entry in found)
 
 
+def test_cells_pair_on_the_seeds_that_both_have() -> None:
+    def seeded(found: dict[str, Any], seed: int, shift: float = 0.0) -> dict[str, Any]:
+        items = found["items"]
+        changed = {**items, "nll": [v + shift for v in items["nll"]]}
+        return {**found, "key": f"{found['key']}-{seed}", "cell": {**found["cell"], "seed": seed}, "items": changed}
+
+    one, two = cell("d2dmoe", 0.5), seeded(cell("d2dmoe", 0.5), 1, shift=9.0)
+    fixed = cell("d2dmoe", 0.5, 0.2, rule="top-k")
+    dense = seeded(record(), 1)
+    ((alone,),) = [pairs(RULE, measured(one, fixed))]
+    ((joined,),) = [pairs(RULE, measured(one, two, dense, fixed))]
+    assert joined.better.seeds == [0, 1] and joined.worse.seeds == [0]
+    assert joined.difference == alone.difference  # the other seed says nothing about this pair
+    both = measured(one, two, dense, fixed, seeded(fixed, 1, shift=9.0))
+    ((wide,),) = [pairs(RULE, both)]
+    assert wide.difference.estimate == pytest.approx(alone.difference.estimate)
+    assert not pairs(RULE, measured(two, dense, fixed))  # no seed in common
+
+
 @pytest.mark.parametrize("shift, verdict", [(0.2, "**seen** (1 of 1)"), (0.0, "**not seen** (0 of 1)")])
 def test_verdicts(shift: float, verdict: str) -> None:
     page = text(cell("moefication", 0.5), cell("moefication", 0.5, shift, selector="similarity"))

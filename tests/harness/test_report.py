@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from harness import plots, report, rows, store, tables
+from harness import grids, plots, report, rows, store, tables
 from methods.errors import UsageError
 from tests.harness.fabricated import FULL, GPU, record, synthetic, write
 
@@ -35,22 +35,22 @@ def test_curves_and_profiles_are_drawn_where_records_have_them(tmp_path: Any) ->
         ("moefication", "selector=oracle"),
     }
     assert [method for _, method in plots._with_curves(groups)] == ["lte", "moefication"]
-    styles = plots._styles({(str(i), "") for i in range(20)})
+    styles = plots._styles(str(i) for i in range(20))
     assert len(set(styles.values())) == 20
 
 
-def test_a_crowded_panel_shows_each_methods_best_and_no_control() -> None:
+@pytest.mark.parametrize("variants", [1, plots.CROWDED])
+def test_a_crowded_panel_shows_each_methods_best_and_none_a_control(variants: int) -> None:
     from matplotlib import pyplot as plt
 
-    variants = [record("moefication", 0.5, options={"seed": i}, key=f"m{i}") for i in range(plots.CROWDED)]
-    variants.append(record("lte", 0.5, key="lte"))
-    variants.append(record("moefication", 0.5, options={"selector": "oracle"}, key="control"))
-    variants[-1]["artifact"] = {"manifest": {"control": "looks"}}
-    (found,) = rows.group([record(), *variants])
+    cells = [record("moefication", 0.5, options={"split": str(i)}, key=f"m{i}") for i in range(variants)]
+    cells.append(record("lte", 0.5, key="lte"))
+    cells.append(record("moefication", 0.5, options={"selector": "oracle"}, key="control"))
+    (found,) = rows.group([record(), *cells])
     figure = plots._pareto([(found, plots.panels(found)[:1])])
-    labels = figure.axes[0].get_legend_handles_labels()[1]
+    labels = set(figure.axes[0].get_legend_handles_labels()[1])
     plt.close(figure)
-    assert {"lte", "moefication", "dense"} <= set(labels) and not any("(" in label for label in labels)
+    assert labels == {"Pareto front", "dense", "lte", "moefication (split=0)" if variants == 1 else "moefication"}
 
 
 def test_page_has_units_machine_and_every_row() -> None:
@@ -157,18 +157,18 @@ def test_prefill_memory_and_energy_have_a_table_where_they_were_measured() -> No
 
 
 def test_several_batches_or_contexts_make_a_grid(tmp_path: Any) -> None:
-    assert "## Speed-up by batch" not in page(FULL) and not rows.grids(rows.group(FULL))
+    assert "## Speed-up by batch" not in page(FULL) and not grids.grids(rows.group(FULL))
     records = [record(name, d, batch=b, context=c) for name, d in (("dense", None), ("teal", 0.5), ("lte", 0.5))
                for b, c in ((1, 512), (16, 512), (1, 4096))]  # fmt: skip
     groups = rows.group(records)
-    (grid,) = rows.grids(groups)
+    (grid,) = grids.grids(groups)
     assert (grid.batches, grid.contexts, list(grid.speedups)) == ([1, 16], [512, 4096], ["lte 0.5", "teal 0.5"])
     text = report.page(groups).split("## Speed-up by batch and context: reference (reference weights), decode")[1]
     titles, _, lte, teal = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()[2:6]]
     assert titles[1:] == [f"batch {b}, context {c}" for c in (512, 4096) for b in (1, 16)]
     assert teal == ["teal 0.5", "2.00 faster", "2.00 faster", "2.00 faster", "–"] and lte[0] == "lte 0.5"
     assert {"grid.png", "grid.svg"} <= {f.name for f in plots.write(groups, tmp_path)}
-    assert not rows.grids(rows.group([{**r, "cell": {**r["cell"], "device": "cpu"}} for r in records]))
+    assert not grids.grids(rows.group([{**r, "cell": {**r["cell"], "device": "cpu"}} for r in records]))
 
 
 def test_settings_and_machines_never_share_a_table() -> None:
@@ -202,7 +202,9 @@ def test_warnings() -> None:
     dirty = record(git={"commit": "1" * 40, "dirty": True})
     dirty["machine"] = {**dirty["machine"], "gpu": {**GPU, "throttle": ["power cap"], "processes": 2}}
     text = page([dirty])
-    for doubt in ("uncommitted changes", "throttled", "other processes"):
+    untimed = {**dirty, "latency": {}, "cell": {**dirty["cell"], "timed": False}}
+    assert "throttled" not in page([untimed]) and "other processes used" not in page([untimed])
+    for doubt in ("uncommitted changes", "throttled", "other processes used"):
         assert doubt in text.split("**Caution:**")[1]
 
 

@@ -262,11 +262,6 @@ def test_bad_settings_and_models() -> None:
         prepare(opt(), "d2dmoe:windows=2")
 
 
-def test_controls_are_marked() -> None:
-    assert "control" in prepare(opt(), f"{QUICK}:selector=oracle").manifest
-    assert "control" not in prepare(opt()).manifest
-
-
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_random_weights_get_their_density(make: Any) -> None:
     model = make()

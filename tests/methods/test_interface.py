@@ -11,7 +11,7 @@ import torch
 from methods import Artifact, UsageError, load_artifact, sparsify, sparsify_
 from methods.artifact import CONFIG_FILE, TENSOR_FILE, fingerprint
 from methods.base import parse_mode
-from methods.registry import info, names, parse
+from methods.registry import create, info, names, parse
 from tests.methods.models import MODELS, data, llama, windows
 
 SPECS = {
@@ -217,3 +217,10 @@ def test_third_party_methods_come_through_entry_points(tmp_path: Path, monkeypat
     monkeypatch.syspath_prepend(tmp_path)
     assert "mine" in names() and info("mine").origin == "other 1.2"
     assert parse("mine").name == "mine"
+
+
+@pytest.mark.parametrize("name", ["moefication", "d2dmoe", "dejavu", "polar"])
+def test_an_oracle_and_chance_are_controls_and_a_learned_selector_is_not(name: str) -> None:
+    assert not create(name, {}).control and create(name, {"selector": "oracle"}).control
+    if name != "d2dmoe":  # which has no random router
+        assert create(name, {"selector": "random"}).control

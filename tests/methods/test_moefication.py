@@ -271,11 +271,6 @@ def test_llama_7b_at_80_percent_in_the_units_of_the_lte_paper() -> None:
     assert (spent.flops - 2 * shape.head) / 2**30 == pytest.approx(10.45, abs=0.01)
 
 
-def test_controls_are_marked() -> None:
-    assert "control" in prepare(opt(), f"{QUICK}:selector=oracle").manifest
-    assert "control" not in prepare(opt(), f"{QUICK}:selector=random").manifest
-
-
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
 def test_random_weights_get_their_density(make: Any) -> None:
     model = make()
