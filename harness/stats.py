@@ -26,6 +26,9 @@ class Interval:
     low: float
     high: float
 
+    def scaled(self, factor: float) -> Interval:
+        return Interval(factor * self.estimate, factor * self.low, factor * self.high)
+
 
 Part = tuple[Sequence[float], Sequence[float], "Sequence[float] | None"]  # candidate, baseline, weights
 Blocks = Sequence[Sequence[float]]

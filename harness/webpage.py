@@ -63,6 +63,7 @@ def _row(row: Row, table: Group) -> dict[str, Any]:
         "label": row.label,
         "seeds": len(row.seeds),
         "baseline": row.is_baseline,
+        "control": row.control,
         "density": row.part("density").get("model"),
         "layers": {
             name: [round(density, 4) for density in site["layers"]]

@@ -29,7 +29,7 @@ const plain = (value) => value.toLocaleString("en-US", { maximumSignificantDigit
 const percent = (value) => (value === null || value === undefined ? NONE : `${number(100 * value)} %`);
 const interval = (v, digits = 3) => (v ? `${v[0].toFixed(digits)} [${v[1].toFixed(digits)}, ${v[2].toFixed(digits)}]` : NONE);
 
-// ---- methods: a colour (Okabe and Ito's) and a marker each, the same in every chart
+// ---- methods: a colour (Okabe and Ito's) and a marker each, the same in every chart; of one method, its variants
 
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#56B4E9", "#8F5BD6", "#7F7F7F"];
 const MARKERS = {
@@ -45,15 +45,22 @@ const MARKERS = {
 };
 const SHAPES = ["circle", "square", "diamond", "triangle", "flipped", "pentagon", "plus"];
 const METHODS = unique(rows.filter((r) => !r.baseline).map((r) => r.method)).sort();
-function style(method) {
-  if (method === "dense") return { colour: "var(--text)", marker: MARKERS.star };
-  if (method === "null") return { colour: "var(--soft)", marker: MARKERS.cross };
-  const i = METHODS.indexOf(method);
+function style(key) {
+  if (key === "dense") return { colour: "var(--text)", marker: MARKERS.star };
+  if (key === "null") return { colour: "var(--soft)", marker: MARKERS.cross };
+  const i = (one() ? unique(rows.filter((row) => row.method === state.method).map(named)).sort() : METHODS).indexOf(key);
   return { colour: COLOURS[i % COLOURS.length], marker: MARKERS[SHAPES[i % SHAPES.length]] };
 }
 const target = (row) => (row.baseline || row.target === null ? null : String(row.target));
 const chosen = (row) => row.baseline || state.density === "all" || target(row) === state.density;
 const named = (row) => (row.options ? `${row.method} (${row.options})` : row.method);
+/** Charts show one method with all its variants and controls, or all methods without controls: many variants (CROWDED)
+ * then share their method's line. */
+const CROWDED = 10;
+const one = () => state.method !== "all";
+const charted = (found) => found.filter((row) => row.baseline || (one() ? row.method === state.method : !row.control));
+const crowded = (found) => !one() && unique(found.map(named)).length > CROWDED;
+const keyed = (row) => (one() ? named(row) : row.method);
 
 // ---- filters, kept in the address so that a view can be linked
 
@@ -84,6 +91,11 @@ function drawFilters() {
     const wide = ["model", "place", "details"].includes(field) ? "wide" : null;
     form.append(make("label", { class: wide }, title, make("select", { name: field, change }, ...list)));
   });
+  const methods = ["all", ...unique(narrowed().filter((row) => !row.baseline).map((row) => row.method)).sort()];
+  if (!methods.includes(state.method)) state.method = "all";
+  const pick = (event) => { state.method = event.target.value; update(); };
+  const known = methods.map((value) => make("option", { value, selected: value === state.method ? "" : null }, value));
+  form.append(make("label", {}, "Method in charts", make("select", { name: "method", change: pick }, ...known)));
   const densities = ["all", ...unique(narrowed(3).map(target).filter((t) => t)).sort().reverse()];
   if (!densities.includes(state.density)) state.density = "all";
   const choose = (event) => { state.density = event.target.value; update(); };
@@ -131,7 +143,7 @@ function columnWidth(place) {
   return Math.max(280, (whole - gap * (columns - 1)) / columns);
 }
 
-/** Scatter and lines. series: [{ method, name, points: [{ x, y, low, high, label, title }], line, dash }] */
+/** Scatter and lines. series: [{ key, name, points: [{ x, y, low, high, label, title }], line, dash }] */
 function chart(place, { title, x, y, series, front, budgets, unity }) {
   const width = columnWidth(place), height = 320;
   const box = { left: 62, right: width - 18, top: 14, bottom: height - 44 };
@@ -165,7 +177,7 @@ function chart(place, { title, x, y, series, front, budgets, unity }) {
   }
   const taken = [];
   for (const s of series) {
-    const { colour, marker } = style(s.method);
+    const { colour, marker } = style(s.key);
     const placed = s.points.map((p) => ({ ...p, px: xs.map(p.x), py: ys.map(p.y) }));
     if (s.line && placed.length > 1) {
       const d = placed.map((p, i) => `${i ? "L" : "M"}${p.px},${p.py}`).join("");
@@ -205,19 +217,21 @@ function best(points) {
 
 function legend(series) {
   const entries = unique(series.map((s) => s.name)).sort().map((name) => {
-    const { colour, marker } = style(series.find((s) => s.name === name).method);
+    const { colour, marker } = style(series.find((s) => s.name === name).key);
     const icon = make("svg:svg", { viewBox: "-8 -8 16 16", "aria-hidden": "true" }, make("svg:path", { d: marker, fill: colour }));
     return make("li", {}, icon, name);
   });
   return make("ul", { class: "legend", "aria-label": "Legend" }, ...entries);
 }
 
-/** Rows as series: one per method with its options, by falling density. */
-function series(found, point, line = true) {
-  return unique(found.map(named)).map((name) => {
-    const own = found.filter((row) => named(row) === name);
-    return { name, method: own[0].method, line: line && !own[0].baseline, points: own.map(point).filter((p) => p) };
-  }).filter((s) => s.points.length);
+/** Rows as series: one per method with its options, by falling density; where they crowd, each method's front. */
+function series(found, point) {
+  const many = crowded(found), name = many ? (row) => row.method : named;
+  return unique(found.map(name)).map((own) => {
+    const [first, ...rest] = found.filter((row) => name(row) === own), points = [first, ...rest].map(point);
+    const kept = many && !first.baseline ? best(points) : points;
+    return { name: own, key: keyed(first), line: !first.baseline, dash: first.control ? "5 3" : null, points: kept };
+  });
 }
 
 const told = (row) => `${row.label}${row.options ? ` (${row.options})` : ""}: ${number(row.mb)} MB/token, ` +
@@ -225,15 +239,15 @@ const told = (row) => `${row.label}${row.options ? ` (${row.options})` : ""}: ${
   `${row.loss ? `${row.loss[0].toFixed(2)} % lost` : "accuracy unknown"}`;
 const empty = (place, text) => place.replaceChildren(make("p", { class: "note" }, text));
 
-function drawPareto(found) {
-  const place = at("pareto");
+function drawPareto(all) {
+  const place = at("pareto"), found = charted(all);
   place.replaceChildren();
   const lost = (row) => (row.method === "dense" ? 0 : row.loss ? row.loss[0] : null);
   const timed = !found.some((row) => row.cpu);
   const panel = (title, label, value) => {
     const shown = found.filter((row) => lost(row) !== null && value(row) !== null);
     if (!shown.some((row) => !row.baseline)) return;
-    const point = (row) => ({ x: value(row), y: lost(row), label: target(row), title: told(row), counts: row.method !== "null" });
+    const point = (row) => ({ x: value(row), y: lost(row), label: target(row), title: told(row), counts: row.method !== "null" && !row.control });
     chart(place, {
       title, front: true, budgets: [1, 3], series: series(shown, point),
       x: { kind: "linear", label }, y: { kind: "root", label: "accuracy lost, %", zero: true },
@@ -256,7 +270,7 @@ function drawPareto(found) {
 function drawGrid() {
   const place = at("grid");
   place.replaceChildren();
-  const alike = narrowed(3).filter((row) => row.details === state.details && row.speedup && !row.cpu && chosen(row));
+  const alike = charted(narrowed(3)).filter((row) => row.details === state.details && row.speedup && !row.cpu && chosen(row));
   for (const [field, other] of [["batch", "context"], ["context", "batch"]]) {
     const shown = alike.filter((row) => String(row[other]) === state[other]);
     const listed = unique(shown.map((row) => row[field])).sort((a, b) => a - b);
@@ -267,7 +281,7 @@ function drawGrid() {
         x: row[field], y: row.speedup[0], low: row.speedup[1], high: row.speedup[2], title: `${row.label}, ${field} ${row[field]}: ${interval(row.speedup)} ${row.verdict}`,
         label: i === own.length - 1 ? target(row) : null,
       }));
-      return { name: named(own[0]), method: own[0].method, line: true, points };
+      return { name: named(own[0]), key: keyed(own[0]), line: true, points };
     });
     chart(place, {
       title: `Speed-up against ${field}, ${other} ${state[other]}`, series: lines, unity: true,
@@ -280,19 +294,22 @@ function drawGrid() {
 function drawLayers(found) {
   const place = at("layers");
   place.replaceChildren();
-  const shown = found.filter((row) => !row.baseline && Object.keys(row.layers).length && chosen(row));
+  const shown = charted(found).filter((row) => !row.baseline && Object.keys(row.layers).length && chosen(row));
   const sites = unique(shown.flatMap((row) => Object.keys(row.layers)));
   if (!sites.length) return empty(place, "No method of this choice skips anything.");
   if (!sites.includes(state.site)) state.site = sites[0];
   const change = (event) => { state.site = event.target.value; update(); at("layers").querySelector("select").focus(); };
   const options = sites.map((site) => make("option", { value: site, selected: site === state.site ? "" : null }, site));
-  const own = shown.filter((row) => row.layers[state.site]);
+  const sited = shown.filter((row) => row.layers[state.site]), middle = (row) => Math.abs((row.target ?? 1) - 0.5);
+  const many = crowded(sited), name = many ? (row) => `${row.label}${row.options ? ` (${row.options})` : ""}` : named;
+  const own = many ? unique(sited.map((row) => row.method)).map((method) => sited.filter((row) => row.method === method)
+    .reduce((a, b) => (middle(b) < middle(a) ? b : a))) : sited;
   const lines = own.map((row) => {
     const values = row.layers[state.site];
     const points = values.map((y, x) => ({ x: x + 1, y, title: `${row.label}, layer ${x + 1}: ${number(y)}` }));
     points.at(-1).label = target(row);
     const turn = own.filter((r) => named(r) === named(row)).indexOf(row);
-    return { name: named(row), method: row.method, line: true, markers: values.length <= 12, dash: ["", "6 3", "2 3", "9 3 2 3"][turn % 4] || null, points };
+    return { name: name(row), key: keyed(row), line: true, markers: values.length <= 12, dash: ["", "6 3", "2 3", "9 3 2 3"][turn % 4] || null, points };
   });
   chart(place, {
     title: `Density of ${state.site} by layer`, series: lines,
@@ -304,7 +321,7 @@ function drawLayers(found) {
 function drawTime(found) {
   const place = at("time");
   place.replaceChildren();
-  const shown = found.filter((row) => row.time && chosen(row));
+  const shown = charted(found).filter((row) => row.time && chosen(row));
   if (!shown.length) return empty(place, "No step of this choice was traced.");
   const kinds = unique(shown.flatMap((row) => Object.keys(row.time)));
   const colour = (kind) => (kind === "idle" ? "var(--line)" : COLOURS[kinds.indexOf(kind) % COLOURS.length]);

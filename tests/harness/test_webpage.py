@@ -26,6 +26,7 @@ def records() -> list[dict[str, Any]]:
             cell["density"]["sites"] = {"ffn": {"mean": density, "p99": 0.9, "layers": [density, 0.5, 0.4]}}
             cell["latency"]["breakdown"] = {"ms": {"linears": 1.0, "idle": 0.2}}
             found.append(cell)
+    found.append(record("moefication", 0.5, options={"selector": "oracle"}, batch=8))
     other = record("teal", 0.9, options={"note": "</script><b>"})
     other["machine"] = {**other["machine"], "identity": "o", "gpu": {**GPU, "name": "Other GPU"}}
     return [*found, other, synthetic("dense"), synthetic("teal", 0.5)]
@@ -124,6 +125,31 @@ def test_filters_by_model_and_gpu_and_links_keep_the_choice(folder: Path, browse
     address = browser.run("location.hash")
     browser.open(folder / "index.html", 1280, fragment=address)
     assert browser.run(CELLS) == ["dense", "teal 0.5"]
+
+
+@needs_browser
+def test_a_control_is_drawn_with_its_method_alone_and_off_the_front(folder: Path, browser: Browser) -> None:
+    legend = "[...document.querySelectorAll('#pareto figure:first-child .legend li')].map((item) => item.textContent)"
+    browser.open(folder / "index.html", 1280, fragment="#place=Test+GPU&batch=8")
+    assert browser.run(legend) == ["dense", "lte", "teal"]
+    front = browser.run("document.querySelector('#pareto .front').getAttribute('d').split('H').length")
+    choose(browser, "method", "moefication")
+    assert browser.run(legend) == ["dense", "moefication (selector=oracle)"]
+    assert front > browser.run("document.querySelector('#pareto .front').getAttribute('d').split('H').length") == 2
+    choose(browser, "batch", "1")  # where this method has no cell
+    assert browser.run("document.querySelector('select[name=method]').value") == "all"
+
+
+@needs_browser
+def test_many_variants_share_the_line_of_their_method(tmp_path: Path, browser: Browser) -> None:
+    variants = [record("moefication", 0.5, options={"seed": i}, key=f"m{i}") for i in range(12)]
+    write(tmp_path / "one", [record(), record("lte", 0.7), *variants])
+    report.write_html(tmp_path)
+    browser.open(tmp_path / "index.html", 1280)
+    legend = "[...document.querySelectorAll('#pareto figure:first-child .legend li')].map((item) => item.textContent)"
+    assert browser.run(legend) == ["dense", "lte", "moefication"]
+    choose(browser, "method", "moefication")
+    assert len(browser.run(legend)) == 13 and browser.problems() == []
 
 
 @needs_browser
