@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sparse_kernels import add_parts, attention_decode, residual_norm, rope_cache_write, row_stats, threshold_linear
 from sparse_kernels.heads import SelectiveHeads
+from sparse_kernels.input_linear.launch import Ahead, ahead_for
 from sparse_kernels.layers import FAST_ROWS, ExpertFFN, SparseLayer, SparseLinear
 
 from .errors import UsageError
@@ -69,9 +70,15 @@ class Projection:
             self.threshold = torch.cat([dense if layer is None else layer.threshold for layer in self.layers])
         known = [1.0 if layer is None else layer.density for layer in self.layers]
         self.density: float | None = None if None in known else max(known)
+        self.ahead: Tensor | None = None  # what is read next, as far as it fits into the pause before
         self.shared = [linear.weight for linear in linears] if share else []
         for weight, view in zip(self.shared, self.weight_t.split(self.widths, 1), strict=False):
             weight.data = view.t()
+
+    def head(self, size: int) -> Tensor | None:
+        """The first rows, `size` bytes at most, unless nothing is to be fetched."""
+        rows = size // (self.weight_t.shape[1] * self.weight_t.element_size())
+        return self.weight_t[:rows] if rows else None
 
     def restore(self) -> None:
         """Gives shared weights a storage of their own again, with the same bits."""
@@ -82,6 +89,7 @@ class Projection:
         """(output or its parts, stats); also leaves with each sparse layer how many channels it read."""
         options.setdefault("bias", None if options.get("partial") else self.bias)
         options["density"] = self.density
+        options["ahead"] = self.ahead
         y, counts, stats = threshold_linear(x, self.weight_t, self.threshold, self.widths, **options)
         for segment, layer in enumerate(self.layers):
             if layer is not None:
@@ -152,6 +160,15 @@ class FastBlock:
             self.up, self.down = Projection(before, share), Projection([down], share)
             self.activation = leader.activation if whole else activation_of(model.config)
             self.gated = len(before) == 2
+        self.ahead: Tensor | None = None
+
+    def look_ahead(self, following: FastBlock | None, ahead: Ahead) -> None:
+        """Has every projection ask for the weights after it; after the FFN those of the `following` block."""
+        self.qkv.ahead = self.o.head(ahead.attention)
+        self.ahead = following.qkv.head(ahead.glue) if following else None
+        if self.ffn is None:
+            self.o.ahead, self.up.ahead = self.up.head(ahead.glue), self.down.head(ahead.glue)
+            self.down.ahead = self.ahead
 
     def restore(self) -> None:
         """Puts the module's own forward and weights back."""
@@ -219,7 +236,7 @@ class FastBlock:
             self._tell("mlp_in", h)
             parts = self.ffn.parts(x) if isinstance(self.ffn, ExpertFFN) and not self.after else None
             if parts is not None:
-                h, stats = add_parts(parts, h, self.ffn.constant)
+                h, stats = add_parts(parts, h, self.ffn.constant, self.ahead)
             else:
                 y = self._feed(x)
                 h = h + (self.after[1](y) if self.after else y)
@@ -295,7 +312,8 @@ def runtime(
         for index, module in enumerate(modules):
             taps = {} if handle is None else {place: tap for (place, at), tap in handle.taps.items() if at == index}
             blocks.append(FastBlock(model, module, index, index + 1 == len(modules), step, phase, taps, share))
-        for block in blocks:
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            block.look_ahead(following, ahead_for(model.device))
             block.module.forward = block.forward
         yield blocks
     finally:

@@ -77,6 +77,7 @@ def threshold_linear(
     with_stats: bool = False,
     partial: bool = False,
     density: float | None = None,
+    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From a decode step's vectors to a linear layer's output, reading the weights of large channels only.
 
@@ -91,12 +92,15 @@ def threshold_linear(
     "gemma" (RMS norm times 1 + weight) or "layer", with norm_weight [K], norm_bias [K] or None, eps, and stats float32
     [B, tiles, 2] as `row_stats` or a previous call makes them; center: [K], subtracted (its constant W center belongs
     into the bias). The result takes side [B, R] @ side_up [R, N] (a low-rank path), bias [N] and residual [B, N].
+    ahead: contiguous weights that the next call will read: once this one has asked for its own, they are brought into
+    the L2 cache, while launches and small kernels leave the memory idle. It changes no result.
     density: the share of channels a row is expected to keep; where the rows of a batch would then need most channels
     between them, the product is dense (cuBLAS), of the same values.
 
     Returns (y [B, N] in the weight's dtype, counts int32 [len(widths), splits], whose sum over splits is the number of
-    channels kept, stats of y with `with_stats`). With `partial`, y is float32 [splits, B, N], to be summed by the next
-    call, which saves a launch. counts and stats are empty where they were not computed. float32 sums in a fixed order.
+    channels kept, stats of y with `with_stats`). With `partial`, y is [splits, B, N], to be summed by the next call,
+    which saves a launch: float32, or of a dense product one part in the weight's dtype. counts and stats are empty
+    where they were not computed. float32 sums in a fixed order.
     Thresholds, norm weights and center are constants of a step: they must not be written by the kernel before.
     Raises ValueError outside this domain.
 
@@ -119,8 +123,9 @@ def threshold_linear(
     expected = 2 * channels if gated else channels
     require(x.shape[-1] == expected, "x must have {} columns for {}, got {}.", expected, weight_t.shape, x.shape)
     if x.dim() == 3:
-        fits = x.dtype == torch.float32 and x.is_contiguous()
+        fits = x.dtype in (torch.float32, weight_t.dtype) and x.is_contiguous()
         require(fits, "Parts of x must be contiguous float32, got {}.", x.dtype)
+        x = x[0] if x.shape[0] == 1 and x.dtype == weight_t.dtype else x  # of a dense product: a result already
     dense = x.new_empty(0, dtype=x.dtype if x.dim() == 2 else weight_t.dtype)
     require_rows("weight_t", weight_t, dense, (channels, width))
     if threshold is not None:
@@ -152,7 +157,7 @@ def threshold_linear(
         stats = row_stats(x)
     return torch.ops.sparse_kernels.threshold_linear(
         x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm_weight, norm_bias, eps, stats,
-        activation, gated, center, side, side_up, with_stats, partial, density,
+        activation, gated, center, side, side_up, with_stats, partial, density, ahead,
     )  # fmt: skip
 
 
@@ -162,7 +167,9 @@ def row_stats(x: Tensor) -> Tensor:
     return torch.ops.sparse_kernels.row_stats(x)
 
 
-def add_parts(parts: Tensor, residual: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def add_parts(
+    parts: Tensor, residual: Tensor, bias: Tensor | None = None, ahead: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The sum of parts (+ bias), rounded, plus residual, and `row_stats` of that for the next norm, in one launch.
 
     parts: float32 [P, B, N], contiguous, as `partial=True` leaves them; residual: [B, N], contiguous rows; bias: [N] in
@@ -176,25 +183,25 @@ def add_parts(parts: Tensor, residual: Tensor, bias: Tensor | None = None) -> tu
     require(parts.device == residual.device, "parts must be on {}, got {}.", residual.device, parts.device)
     if bias is not None:
         require_rows("bias", bias, residual, (residual.shape[1],))
-    return torch.ops.sparse_kernels.add_parts(parts, residual, bias)
+    return torch.ops.sparse_kernels.add_parts(parts, residual, bias, ahead)
 
 
 @torch.library.custom_op(
     "sparse_kernels::add_parts",
     mutates_args=(),
-    schema="(Tensor parts, Tensor residual, Tensor? bias) -> (Tensor, Tensor)",
+    schema="(Tensor parts, Tensor residual, Tensor? bias, Tensor? ahead) -> (Tensor, Tensor)",
 )
-def _add_parts(parts: Tensor, residual: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _add_parts(parts: Tensor, residual: Tensor, bias: Tensor | None, ahead: Tensor | None) -> tuple[Tensor, Tensor]:
     if not use_triton(parts):
         y = naive.add_parts(parts, residual, bias)
         return y, naive.row_stats(y, STATS_TILE)
     from sparse_kernels.input_linear import kernel
 
-    return kernel.combine(parts, bias, residual, True, residual.dtype)
+    return kernel.combine(parts, bias, residual, True, residual.dtype, ahead)
 
 
 @_add_parts.register_fake
-def _(parts, residual, bias):
+def _(parts, residual, bias, ahead):
     tiles = cdiv(residual.shape[1], STATS_TILE)
     return torch.empty_like(residual), residual.new_empty(len(residual), tiles, 2, dtype=torch.float32)
 
@@ -265,12 +272,12 @@ def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
     schema="(Tensor x, Tensor weight_t, Tensor? threshold, int[] widths, str select, bool invert, Tensor? bias,"
     " Tensor? residual, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? stats, str activation,"
     " bool gated, Tensor? center, Tensor? side, Tensor? side_up, bool with_stats, bool partial,"
-    " float? density)"
+    " float? density, Tensor? ahead)"
     " -> (Tensor, Tensor, Tensor)",
 )
 def _threshold_linear(
     x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm_weight, norm_bias, eps, stats,
-    activation, gated, center, side, side_up, with_stats, partial, density,
+    activation, gated, center, side, side_up, with_stats, partial, density, ahead,
 ):  # fmt: skip
     prepare = dict(norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, activation=activation)
     prepare |= dict(gated=gated, center=center, invert=invert)
@@ -292,21 +299,24 @@ def _threshold_linear(
     widths = widths if limited else [weight_t.shape[1]]
     if how == "dense":
         y = kernel.dense(x, weight_t, widths, **prepare)
-        parts = (y if side is None else torch.addmm(y, side, side_up))[None].float()
-        counts = x.new_empty(0, 1, dtype=torch.int32)
+        y = y if side is None else torch.addmm(y, side, side_up)
+        parts, counts = y[None], x.new_empty(0, 1, dtype=torch.int32)
+        if not partial and bias is None and residual is None and not with_stats:
+            return y, counts, none
     elif how == "masked":
-        parts, counts = kernel.masked(x, weight_t, widths, **prepare)
+        parts, counts = kernel.masked(x, weight_t, widths, ahead=ahead, **prepare)
     else:
-        parts, counts = kernel.linear(x, weight_t, how, widths, **prepare, **path)
+        parts, counts = kernel.linear(x, weight_t, how, widths, ahead=ahead, **prepare, **path)
     if partial:
         return parts, counts, none
-    y, y_stats = kernel.combine(parts, bias, residual, with_stats, weight_t.dtype)
+    late = ahead if how == "dense" else None
+    y, y_stats = kernel.combine(parts, bias, residual, with_stats, weight_t.dtype, late)
     return y, counts, y_stats
 
 
 @_threshold_linear.register_fake
 def _(x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm_weight, norm_bias, eps, stats,
-      activation, gated, center, side, side_up, with_stats, partial, density):  # fmt: skip
+      activation, gated, center, side, side_up, with_stats, partial, density, ahead):  # fmt: skip
     batch, (channels, width) = x.shape[-2], weight_t.shape
     limited = threshold is not None
     how = path_for(select, batch, channels, width, limited, density, side is not None, x.device)
@@ -320,7 +330,8 @@ def _(x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm
     counts = x.new_empty(len(widths) if limited and how != "dense" else 0, splits, dtype=torch.int32)
     y_stats = x.new_empty(batch, cdiv(width, STATS_TILE) if with_stats else 0, 2, dtype=torch.float32)
     if partial:
-        return x.new_empty(splits, batch, width, dtype=torch.float32), counts, y_stats
+        dtype = weight_t.dtype if how == "dense" else torch.float32
+        return x.new_empty(splits, batch, width, dtype=dtype), counts, y_stats
     return x.new_empty(batch, width, dtype=weight_t.dtype), counts, y_stats
 
 
