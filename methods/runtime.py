@@ -75,11 +75,6 @@ class Projection:
         for weight, view in zip(self.shared, self.weight_t.split(self.widths, 1), strict=False):
             weight.data = view.t()
 
-    def head(self, size: int) -> Tensor | None:
-        """The first rows, `size` bytes at most, unless nothing is to be fetched."""
-        rows = size // (self.weight_t.shape[1] * self.weight_t.element_size())
-        return self.weight_t[:rows] if rows else None
-
     def restore(self) -> None:
         """Gives shared weights a storage of their own again, with the same bits."""
         for weight in self.shared:
@@ -95,6 +90,12 @@ class Projection:
             if layer is not None:
                 layer.count = counts[segment] if counts.numel() else None
         return y, stats
+
+
+def first_rows(weight: Tensor, size: int) -> Tensor | None:
+    """Of a contiguous matrix, `size` bytes at most; None if that is nothing."""
+    rows = size // (weight.shape[1] * weight.element_size())
+    return weight[:rows] if rows else None
 
 
 class Norm:
@@ -162,12 +163,13 @@ class FastBlock:
             self.gated = len(before) == 2
         self.ahead: Tensor | None = None
 
-    def look_ahead(self, following: FastBlock | None, ahead: Ahead) -> None:
-        """Has every projection ask for the weights after it; after the FFN those of the `following` block."""
-        self.qkv.ahead = self.o.head(ahead.attention)
-        self.ahead = following.qkv.head(ahead.glue) if following else None
+    def look_ahead(self, after: Tensor, ahead: Ahead) -> None:
+        """Has every projection ask for the weights that are read next; `after`: those behind this block."""
+        self.qkv.ahead = first_rows(self.o.weight_t, ahead.attention)
+        self.ahead = first_rows(after, ahead.glue)
         if self.ffn is None:
-            self.o.ahead, self.up.ahead = self.up.head(ahead.glue), self.down.head(ahead.glue)
+            self.o.ahead = first_rows(self.up.weight_t, ahead.glue)
+            self.up.ahead = first_rows(self.down.weight_t, ahead.glue)
             self.down.ahead = self.ahead
 
     def restore(self) -> None:
@@ -312,8 +314,10 @@ def runtime(
         for index, module in enumerate(modules):
             taps = {} if handle is None else {place: tap for (place, at), tap in handle.taps.items() if at == index}
             blocks.append(FastBlock(model, module, index, index + 1 == len(modules), step, phase, taps, share))
-        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            block.look_ahead(following, ahead_for(model.device))
+        head: Any = model.get_output_embeddings()
+        following = [*(block.qkv.weight_t for block in blocks[1:]), head.weight.detach()]
+        for block, after in zip(blocks, following, strict=True):
+            block.look_ahead(after, ahead_for(model.device))
             block.module.forward = block.forward
         yield blocks
     finally:
