@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from sparse_kernels import add_parts, attention_decode, residual_norm, rope_cache_write, row_stats, threshold_linear
 from sparse_kernels.heads import SelectiveHeads
-from sparse_kernels.input_linear.launch import Ahead, ahead_for
 from sparse_kernels.layers import FAST_ROWS, ExpertFFN, SparseLayer, SparseLinear
 
 from .errors import UsageError
@@ -70,7 +69,6 @@ class Projection:
             self.threshold = torch.cat([dense if layer is None else layer.threshold for layer in self.layers])
         known = [1.0 if layer is None else layer.density for layer in self.layers]
         self.density: float | None = None if None in known else max(known)
-        self.ahead: Tensor | None = None  # what is read next, as far as it fits into the pause before
         self.shared = [linear.weight for linear in linears] if share else []
         for weight, view in zip(self.shared, self.weight_t.split(self.widths, 1), strict=False):
             weight.data = view.t()
@@ -84,18 +82,11 @@ class Projection:
         """(output or its parts, stats); also leaves with each sparse layer how many channels it read."""
         options.setdefault("bias", None if options.get("partial") else self.bias)
         options["density"] = self.density
-        options["ahead"] = self.ahead
         y, counts, stats = threshold_linear(x, self.weight_t, self.threshold, self.widths, **options)
         for segment, layer in enumerate(self.layers):
             if layer is not None:
                 layer.count = counts[segment] if counts.numel() else None
         return y, stats
-
-
-def first_rows(weight: Tensor, size: int) -> Tensor | None:
-    """Of a contiguous matrix, `size` bytes at most; None if that is nothing."""
-    rows = size // (weight.shape[1] * weight.element_size())
-    return weight[:rows] if rows else None
 
 
 class Norm:
@@ -161,16 +152,6 @@ class FastBlock:
             self.up, self.down = Projection(before, share), Projection([down], share)
             self.activation = leader.activation if whole else activation_of(model.config)
             self.gated = len(before) == 2
-        self.ahead: Tensor | None = None
-
-    def look_ahead(self, after: Tensor, ahead: Ahead) -> None:
-        """Has every projection ask for the weights that are read next; `after`: those behind this block."""
-        self.qkv.ahead = first_rows(self.o.weight_t, ahead.attention)
-        self.ahead = first_rows(after, ahead.glue)
-        if self.ffn is None:
-            self.o.ahead = first_rows(self.up.weight_t, ahead.glue)
-            self.up.ahead = first_rows(self.down.weight_t, ahead.glue)
-            self.down.ahead = self.ahead
 
     def restore(self) -> None:
         """Puts the module's own forward and weights back."""
@@ -238,7 +219,7 @@ class FastBlock:
             self._tell("mlp_in", h)
             parts = self.ffn.parts(x) if isinstance(self.ffn, ExpertFFN) and not self.after else None
             if parts is not None:
-                h, stats = add_parts(parts, h, self.ffn.constant, self.ahead)
+                h, stats = add_parts(parts, h, self.ffn.constant)
             else:
                 y = self._feed(x)
                 h = h + (self.after[1](y) if self.after else y)
@@ -314,10 +295,7 @@ def runtime(
         for index, module in enumerate(modules):
             taps = {} if handle is None else {place: tap for (place, at), tap in handle.taps.items() if at == index}
             blocks.append(FastBlock(model, module, index, index + 1 == len(modules), step, phase, taps, share))
-        head: Any = model.get_output_embeddings()
-        following = [*(block.qkv.weight_t for block in blocks[1:]), head.weight.detach()]
-        for block, after in zip(blocks, following, strict=True):
-            block.look_ahead(after, ahead_for(model.device))
+        for block in blocks:
             block.module.forward = block.forward
         yield blocks
     finally:

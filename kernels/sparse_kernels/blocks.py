@@ -19,23 +19,6 @@ def begin(PDL: tl.constexpr):
 
 
 @triton.jit
-def fetch(memory, size, THREADS: tl.constexpr):
-    """Ask for `size` bytes (a multiple of 16) at `memory` to be brought into the L2 cache, each program for its share.
-
-    Nothing waits for them: they arrive while kernels run that leave the memory idle. Needs Hopper or newer.
-    """
-    programs = tl.num_programs(0) * tl.num_programs(1)
-    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    piece = tl.cdiv(size, programs * THREADS * 16) * 16
-    start = (program * THREADS + tl.arange(0, THREADS)) * piece
-    tl.inline_asm_elementwise(
-        "{ .reg .pred some; setp.gt.s32 some, $2, 0;"
-        " @some cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r", [memory.to(tl.int64) + start, tl.minimum(size - start, piece)], dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
 def activate(v, NAME: tl.constexpr):
     """The activation called NAME (see `ACTIVATIONS`) of float32 values."""
     if NAME == "silu":

@@ -10,6 +10,7 @@ import torch
 MAX_BATCH = 64
 MAX_SEMAPHORES = 4096
 MAX_CHANNELS = 65536
+SHARED_BYTES = 200 * 1024  # of a multiprocessor's shared memory, what a software pipeline may hold
 T = TypeVar("T")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -39,6 +40,11 @@ def padded_batch(batch: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+def depth(stages: int, stage_bytes: int) -> int:
+    """Of the stages that a pipeline is tuned to, how many fit: wide types and blocks fill shared memory sooner."""
+    return max(1, min(stages, SHARED_BYTES // stage_bytes))
 
 
 def interpreting() -> bool:

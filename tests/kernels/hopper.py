@@ -115,17 +115,17 @@ def compile_linear() -> None:
             normed = dict(norm="rms", norm_weight=norm, eps=1e-5, stats=linear.row_stats(h))
             linear.linear(h, qkv, "threshold", [4096] * 3, threshold=limits, **normed)
             if batch == 1:  # more rows with all channels are dense
-                linear.linear(h, gate_up, "all", [22016], ahead=down, **normed)
+                linear.linear(h, gate_up, "all", [22016], **normed)
                 linear.masked(h, qkv, [4096] * 3, threshold=limits, **normed)
                 for threshold in (None, limits[:1]):
-                    linear.masked(h, qkv[:, :4096], [4096], ahead=gate_up, threshold=threshold)
+                    linear.masked(h, qkv[:, :4096], [4096], threshold=threshold)
                 linear.masked(torch.empty(8, 1, 22016), down, [4096], threshold=limits[:1], activation="silu",
                               gated=True)  # fmt: skip
             gated = dict(threshold=limits[:1], activation="silu", gated=True, center=down[:, 0].contiguous())
             for x in (wide, torch.empty(2, batch, 22016)):
                 linear.linear(x, down, "threshold", [4096], side=h, side_up=qkv[:, :4096], **gated)
             parts, _ = linear.linear(wide[:, :11008], down, "list", [4096], index, index[:1], 32, threshold=limits[:1])
-            linear.combine(parts, norm, h, True, dtype, ahead=qkv)
+            linear.combine(parts, norm, h, True, dtype)
             linear.dense(wide, down[:, :16], [16], **gated)
     h = torch.empty(1, 4096)
     linear.linear(h, torch.empty(4096, 12288), "threshold", [12288], threshold=limits[:1], norm="layer", eps=1e-5,
@@ -184,6 +184,10 @@ def compile_ffn(one: torch.Tensor) -> None:
             x[:4], None, up, None, None, index, index[:1], "relu", value=value, threshold=one
         )  # fmt: skip
         expert_ffn.expert_ffn_prefill(x, gate, up, down_t, None, None, None, torch.empty(256, 344), one, "silu")
+    for kind in (dtype, torch.float32):  # large experts fill shared memory sooner, wide types too
+        x, gate, down_t = torch.empty(256, 512, dtype=kind), *torch.empty(2, 512, 512, dtype=kind)
+        for scores in (torch.empty(256, 16), torch.empty(256, 4)):
+            expert_ffn.expert_ffn_prefill(x, gate, gate, down_t, None, None, None, scores, one, "silu")
 
 
 def compile_attention() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_kernels.blocks import activate, begin
 from sparse_kernels.expert_ffn.launch import LAUNCH, Routed
-from sparse_kernels.launch import interpreting, pick, power_of_2, run
+from sparse_kernels.launch import depth, interpreting, pick, power_of_2, run
 
 
 @triton.jit
@@ -167,20 +167,22 @@ def expert_ffn_prefill(
     # Zero where a token does not need an expert that others of its tile need.
     h = torch.empty(total, neurons, dtype=x.dtype, device=x.device).zero_()
     part = max(16, min(first.neurons, power_of_2(block)))
+    held = x.element_size() * first.columns * (first.tokens + (1 if gate is None else 2) * part)
     run(
         routed_hidden_kernel, (triton.cdiv(total, first.tokens), experts * triton.cdiv(block, part)),
         x, gate, up, gate_bias, up_bias, tokens, sizes, h, total, width, neurons, x.stride(0),
         0 if gate is None else gate.stride(0), up.stride(0),
         BLOCK=block, GATED=gate is not None, GATE_BIAS=gate_bias is not None, UP_BIAS=up_bias is not None,
-        ACTIVATION=activation, TOKENS=first.tokens, NEURONS=part, COLUMNS=first.columns, STAGES=first.stages,
-        UPCAST=interpreting(), num_warps=first.warps,
+        ACTIVATION=activation, TOKENS=first.tokens, NEURONS=part, COLUMNS=first.columns,
+        STAGES=depth(first.stages, held), UPCAST=interpreting(), num_warps=first.warps,
     )  # fmt: skip
     y = torch.empty(total, out, dtype=x.dtype, device=x.device)
+    part = max(16, min(second.neurons, power_of_2(block)))
+    held = x.element_size() * part * (second.tokens + second.columns)
     run(
         routed_down_kernel, (triton.cdiv(out, second.columns), tiles),
         h, down_t, down_bias, listed, counts, y, total, experts, neurons, out, down_t.stride(0),
-        BLOCK=block, BIAS=down_bias is not None, TOKENS=second.tokens,
-        NEURONS=max(16, min(second.neurons, power_of_2(block))), COLUMNS=second.columns, STAGES=second.stages,
-        UPCAST=interpreting(), num_warps=second.warps,
+        BLOCK=block, BIAS=down_bias is not None, TOKENS=second.tokens, NEURONS=part, COLUMNS=second.columns,
+        STAGES=depth(second.stages, held), UPCAST=interpreting(), num_warps=second.warps,
     )  # fmt: skip
     return y

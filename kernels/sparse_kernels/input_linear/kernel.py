@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_kernels.blocks import activate, begin, fetch
+from sparse_kernels.blocks import activate, begin
 from sparse_kernels.input_linear.launch import STATS_TILE, Masked, grid_for, masked_grid
 from sparse_kernels.launch import Launch, interpreting, padded_batch, power_of_2, run
 
@@ -264,11 +264,11 @@ def accumulate(acc, v, w, DTYPE: tl.constexpr, BATCH: tl.constexpr, UPCAST: tl.c
 
 @triton.jit
 def linear_kernel(
-    list_value, list_index, list_count, weight, side, side_up, partial, ahead,
-    B, K, N, R, width0, width1, splits, stride_w, stride_side, ahead_size,
+    list_value, list_index, list_count, weight, side, side_up, partial,
+    B, K, N, R, width0, width1, splits, stride_w, stride_side,
     SELECT: tl.constexpr, SEGMENTS: tl.constexpr, SIDE: tl.constexpr, ALIGNED: tl.constexpr, BATCH: tl.constexpr,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    UPCAST: tl.constexpr, AHEAD: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial[split, b, n] = sum over the split's list of value[b, k] * weight[k, n] (+ its share of side side_up)."""
     tile = tl.program_id(0)
@@ -317,8 +317,6 @@ def linear_kernel(
             else:
                 z = tl.load(side + (b * R)[:, None] + r[None, :], mask=(b < B)[:, None] & (r < R)[None, :], other=0.0)
             acc = accumulate(acc, z, up, DTYPE, BATCH, UPCAST)
-    if AHEAD:
-        fetch(ahead, ahead_size, THREADS)
     place = partial + split.to(tl.int64) * B * N
     if BATCH == 1:
         tl.store(place + n, tl.sum(acc, 0), mask=inside_n)
@@ -328,13 +326,12 @@ def linear_kernel(
 
 @triton.jit
 def masked_kernel(
-    x, threshold, norm_weight, norm_bias, stats, center, weight, partial, counts, ahead,
-    K, N, width0, width1, splits, parts, stride_part, stride_w, ahead_size,
+    x, threshold, norm_weight, norm_bias, stats, center, weight, partial, counts,
+    K, N, width0, width1, splits, parts, stride_part, stride_w,
     SEGMENTS: tl.constexpr, CHANNELWISE: tl.constexpr, INVERT: tl.constexpr, NORM: tl.constexpr,
     NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
     ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr, PARTS: tl.constexpr, ALIGNED: tl.constexpr,
-    CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, AHEAD: tl.constexpr, THREADS: tl.constexpr,
-    PDL: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial[split, n] = sum over the split's CHANNELS of value[k] * weight[k, n], from the vector itself; one row.
 
@@ -372,8 +369,6 @@ def masked_kernel(
             eviction_policy="evict_first",
         )
         acc += tl.sum(v[:, None] * w.to(tl.float32), 0)
-    if AHEAD:
-        fetch(ahead, ahead_size, THREADS)
     tl.store(partial + split.to(tl.int64) * N + n, acc, mask=inside_n)
     if start_n == begin_n:
         tl.store(counts + segment * splits + split, count)
@@ -381,9 +376,9 @@ def masked_kernel(
 
 @triton.jit
 def combine_kernel(
-    partial, bias, residual, out, stats, ahead, parts, B, N, stride_r, ahead_size,
+    partial, bias, residual, out, stats, parts, B, N, stride_r,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STATS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
-    AHEAD: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """out[b, n] = sum of partial[:, b, n] (+ bias) (+ residual); stats: the tile's sum and squared deviations of it."""
     tile = tl.program_id(0)
@@ -391,8 +386,6 @@ def combine_kernel(
     n = tile * COLUMNS + tl.arange(0, COLUMNS)
     inside = n < N
     DTYPE: tl.constexpr = out.dtype.element_ty
-    if AHEAD:
-        fetch(ahead, ahead_size, THREADS)
     if BIAS:
         constant = tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
     begin(PDL)
@@ -419,24 +412,12 @@ def combine_kernel(
         tl.store(place + 1, tl.sum(away * away, 0))
 
 
-def asked(ahead: Tensor | None, warps: int) -> dict[str, int]:
-    """What a kernel of so many warps is told to fetch; the interpreter has no caches."""
-    if ahead is None or interpreting():
-        return dict(ahead_size=0, AHEAD=False, THREADS=32 * warps)
-    return dict(ahead_size=ahead.nbytes // 16 * 16, AHEAD=True, THREADS=32 * warps)
-
-
 def row_stats(x: Tensor) -> Tensor:
     return combine(x[None].contiguous(), None, None, True, x.dtype)[1]
 
 
 def combine(
-    partial: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    with_stats: bool,
-    dtype: torch.dtype,
-    ahead: Tensor | None = None,
+    partial: Tensor, bias: Tensor | None, residual: Tensor | None, with_stats: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(y [B, N], stats [B, tiles, 2] or [B, 0, 2]) of partial [parts, B, N]."""
     parts, batch, width = partial.shape
@@ -445,8 +426,7 @@ def combine(
     stats = torch.empty(batch, tiles if with_stats else 0, 2, dtype=torch.float32, device=partial.device)
     run(
         combine_kernel, (tiles, batch),
-        partial, bias, residual, out, stats, ahead, parts, batch, width,
-        0 if residual is None else residual.stride(0), **asked(ahead, 4),
+        partial, bias, residual, out, stats, parts, batch, width, 0 if residual is None else residual.stride(0),
         BIAS=bias is not None, RESIDUAL=residual is not None, STATS=with_stats,
         CHUNK=min(MAX_CHUNK, power_of_2(parts)), COLUMNS=STATS_TILE, num_warps=4,
     )  # fmt: skip
@@ -525,7 +505,6 @@ def linear(
     group: int = 1,
     side: Tensor | None = None,
     side_up: Tensor | None = None,
-    ahead: Tensor | None = None,
     config: Launch | None = None,
     **prepare: Any,
 ) -> tuple[Tensor, Tensor]:
@@ -553,11 +532,11 @@ def linear(
     )  # fmt: skip
     run(
         linear_kernel, (tiles, splits),
-        list_value, list_index, list_count, weight_t, side, side_up, partial, ahead,
+        list_value, list_index, list_count, weight_t, side, side_up, partial,
         batch, channels, width, 0 if side is None else side.shape[1], widths[0], widths[1] if segments > 1 else 0,
         splits, weight_t.stride(0), 0 if side_up is None else side_up.stride(0),
         SEGMENTS=segments, SIDE=side is not None, ALIGNED=all(w % 16 == 0 for w in widths), COLUMNS=columns,
-        STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps, **asked(ahead, config.warps),
+        STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps,
         pdl=False,  # early programs would crowd on the multiprocessors that free up first
         **common,
     )  # fmt: skip
@@ -571,12 +550,7 @@ def infinity(device: torch.device) -> Tensor:
 
 
 def masked(
-    x: Tensor,
-    weight_t: Tensor,
-    widths: list[int],
-    config: Masked | None = None,
-    ahead: Tensor | None = None,
-    **prepare: Any,
+    x: Tensor, weight_t: Tensor, widths: list[int], config: Masked | None = None, **prepare: Any
 ) -> tuple[Tensor, Tensor]:
     """What `linear` returns, of one row, without a list."""
     device, (channels, width), segments = x.device, weight_t.shape, len(widths)
@@ -590,9 +564,9 @@ def masked(
     counts = torch.empty(segments, splits, dtype=torch.int32, device=device)
     run(
         masked_kernel, (tiles, splits), x,
-        weight=weight_t, partial=partial, counts=counts, ahead=ahead, K=channels, N=width, width0=widths[0],
+        weight=weight_t, partial=partial, counts=counts, K=channels, N=width, width0=widths[0],
         width1=widths[1] if segments > 1 else 0, splits=splits, stride_w=weight_t.stride(0),
         SEGMENTS=segments, ALIGNED=all(w % 16 == 0 for w in widths), CHANNELS=config.channels, ROWS=config.rows,
-        COLUMNS=columns, num_warps=config.warps, **asked(ahead, config.warps), **options,
+        COLUMNS=columns, num_warps=config.warps, **options,
     )  # fmt: skip
     return partial, counts if limited else counts[:0]

@@ -4,7 +4,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from sparse_kernels.launch import Launch, architecture, interpreting, multiprocessors, padded_batch, pick, power_of_2
+from sparse_kernels.launch import Launch, interpreting, multiprocessors, padded_batch, pick, power_of_2
 
 NARROW = 8192  # outputs below which the grid needs narrow tiles to fill the GPU without many splits
 STATS_TILE = 64  # columns of a tile of statistics, and of the kernel that adds partials
@@ -13,7 +13,7 @@ STATS_TILE = 64  # columns of a tile of statistics, and of the kernel that adds 
 # By architecture (90: Hopper), then batch padded to a tile and whether the output is narrow.
 LAUNCH: dict[int, dict[tuple[int, bool], Launch]] = {
     90: {
-        (1, True): Launch(rows=32, columns=128, warps=4, stages=5, programs=2),
+        (1, True): Launch(rows=4, columns=1024, warps=4, stages=5, programs=2),
         (1, False): Launch(rows=4, columns=1024, warps=4, stages=5, programs=2),
         (16, True): Launch(rows=32, columns=256, warps=4, stages=6, programs=2),
         (16, False): Launch(rows=32, columns=256, warps=4, stages=6, programs=2),
@@ -42,25 +42,6 @@ class Masked(NamedTuple):
 # Measured for one row: 4096 x 4096 is 2.6 us faster than with a list at half of the channels, 4096 x 12288 2.5 slower.
 # That was with rows=32, which spills some registers; 16 does not, and has been timed in steps alone.
 MASKED: dict[int, Masked] = {90: Masked(channels=64, rows=16, columns=1024, warps=4, weights=2**24)}
-
-
-class Ahead(NamedTuple):
-    """Bytes of the next weights that a step has brought into the L2 cache while nothing else reads memory.
-
-    attention: before the rotation and the attention; glue: before the small kernels between two layers.
-    """
-
-    attention: int
-    glue: int
-
-
-AHEAD: dict[int, Ahead] = {90: Ahead(attention=2**25, glue=2**24)}
-
-
-def ahead_for(device: torch.device) -> Ahead:
-    """Nothing where the GPU has no such instruction."""
-    return pick(AHEAD, device) if architecture(device) >= min(AHEAD) else Ahead(0, 0)
-
 
 C = TypeVar("C")
 

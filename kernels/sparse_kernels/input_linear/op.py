@@ -77,7 +77,6 @@ def threshold_linear(
     with_stats: bool = False,
     partial: bool = False,
     density: float | None = None,
-    ahead: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """From a decode step's vectors to a linear layer's output, reading the weights of large channels only.
 
@@ -92,8 +91,6 @@ def threshold_linear(
     "gemma" (RMS norm times 1 + weight) or "layer", with norm_weight [K], norm_bias [K] or None, eps, and stats float32
     [B, tiles, 2] as `row_stats` or a previous call makes them; center: [K], subtracted (its constant W center belongs
     into the bias). The result takes side [B, R] @ side_up [R, N] (a low-rank path), bias [N] and residual [B, N].
-    ahead: contiguous weights that the next call will read: once this one has asked for its own, they are brought into
-    the L2 cache, while launches and small kernels leave the memory idle. It changes no result.
     density: the share of channels a row is expected to keep; where the rows of a batch would then need most channels
     between them, the product is dense (cuBLAS), of the same values.
 
@@ -157,7 +154,7 @@ def threshold_linear(
         stats = row_stats(x)
     return torch.ops.sparse_kernels.threshold_linear(
         x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm_weight, norm_bias, eps, stats,
-        activation, gated, center, side, side_up, with_stats, partial, density, ahead,
+        activation, gated, center, side, side_up, with_stats, partial, density,
     )  # fmt: skip
 
 
@@ -167,9 +164,7 @@ def row_stats(x: Tensor) -> Tensor:
     return torch.ops.sparse_kernels.row_stats(x)
 
 
-def add_parts(
-    parts: Tensor, residual: Tensor, bias: Tensor | None = None, ahead: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def add_parts(parts: Tensor, residual: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The sum of parts (+ bias), rounded, plus residual, and `row_stats` of that for the next norm, in one launch.
 
     parts: float32 [P, B, N], contiguous, as `partial=True` leaves them; residual: [B, N], contiguous rows; bias: [N] in
@@ -183,25 +178,25 @@ def add_parts(
     require(parts.device == residual.device, "parts must be on {}, got {}.", residual.device, parts.device)
     if bias is not None:
         require_rows("bias", bias, residual, (residual.shape[1],))
-    return torch.ops.sparse_kernels.add_parts(parts, residual, bias, ahead)
+    return torch.ops.sparse_kernels.add_parts(parts, residual, bias)
 
 
 @torch.library.custom_op(
     "sparse_kernels::add_parts",
     mutates_args=(),
-    schema="(Tensor parts, Tensor residual, Tensor? bias, Tensor? ahead) -> (Tensor, Tensor)",
+    schema="(Tensor parts, Tensor residual, Tensor? bias) -> (Tensor, Tensor)",
 )
-def _add_parts(parts: Tensor, residual: Tensor, bias: Tensor | None, ahead: Tensor | None) -> tuple[Tensor, Tensor]:
+def _add_parts(parts: Tensor, residual: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     if not use_triton(parts):
         y = naive.add_parts(parts, residual, bias)
         return y, naive.row_stats(y, STATS_TILE)
     from sparse_kernels.input_linear import kernel
 
-    return kernel.combine(parts, bias, residual, True, residual.dtype, ahead)
+    return kernel.combine(parts, bias, residual, True, residual.dtype)
 
 
 @_add_parts.register_fake
-def _(parts, residual, bias, ahead):
+def _(parts, residual, bias):
     tiles = cdiv(residual.shape[1], STATS_TILE)
     return torch.empty_like(residual), residual.new_empty(len(residual), tiles, 2, dtype=torch.float32)
 
@@ -272,12 +267,12 @@ def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
     schema="(Tensor x, Tensor weight_t, Tensor? threshold, int[] widths, str select, bool invert, Tensor? bias,"
     " Tensor? residual, str norm, Tensor? norm_weight, Tensor? norm_bias, float eps, Tensor? stats, str activation,"
     " bool gated, Tensor? center, Tensor? side, Tensor? side_up, bool with_stats, bool partial,"
-    " float? density, Tensor? ahead)"
+    " float? density)"
     " -> (Tensor, Tensor, Tensor)",
 )
 def _threshold_linear(
     x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm_weight, norm_bias, eps, stats,
-    activation, gated, center, side, side_up, with_stats, partial, density, ahead,
+    activation, gated, center, side, side_up, with_stats, partial, density,
 ):  # fmt: skip
     prepare = dict(norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, activation=activation)
     prepare |= dict(gated=gated, center=center, invert=invert)
@@ -304,19 +299,18 @@ def _threshold_linear(
         if not partial and bias is None and residual is None and not with_stats:
             return y, counts, none
     elif how == "masked":
-        parts, counts = kernel.masked(x, weight_t, widths, ahead=ahead, **prepare)
+        parts, counts = kernel.masked(x, weight_t, widths, **prepare)
     else:
-        parts, counts = kernel.linear(x, weight_t, how, widths, ahead=ahead, **prepare, **path)
+        parts, counts = kernel.linear(x, weight_t, how, widths, **prepare, **path)
     if partial:
         return parts, counts, none
-    late = ahead if how == "dense" else None
-    y, y_stats = kernel.combine(parts, bias, residual, with_stats, weight_t.dtype, late)
+    y, y_stats = kernel.combine(parts, bias, residual, with_stats, weight_t.dtype)
     return y, counts, y_stats
 
 
 @_threshold_linear.register_fake
 def _(x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm_weight, norm_bias, eps, stats,
-      activation, gated, center, side, side_up, with_stats, partial, density, ahead):  # fmt: skip
+      activation, gated, center, side, side_up, with_stats, partial, density):  # fmt: skip
     batch, (channels, width) = x.shape[-2], weight_t.shape
     limited = threshold is not None
     how = path_for(select, batch, channels, width, limited, density, side is not None, x.device)
