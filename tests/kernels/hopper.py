@@ -152,6 +152,7 @@ def compile_selection(one: torch.Tensor) -> None:
             selection.near_best(score, one)
             selection.scores(x, weight[:1024], None, "tanh", True, True)
             selection.scores(x[:, :1024], weight[:, :1024], None, "identity", False, False)
+    selection.scores(x.float(), weight[:344].float(), None, "identity", False, False)
 
 
 def compile_glue() -> None:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_kernels.blocks import activate, begin
-from sparse_kernels.launch import interpreting, padded_batch, pick, power_of_2, run
+from sparse_kernels.launch import depth, interpreting, padded_batch, pick, power_of_2, run
 from sparse_kernels.selection.launch import LAUNCH, MANY, SCORE, Scan, Score
 
 RECOUNT = 16384  # earlier channels that a program counts per step
@@ -420,13 +420,15 @@ def scores(
     config = config or pick(SCORE, x.device)[padded_batch(batch), experts > MANY]
     columns = min(config.columns, max(16, power_of_2(width)))
     rows = max(1 if batch == 1 else 16, min(config.elements // columns, power_of_2(experts)))
+    padded = padded_batch(batch)
+    held = x.element_size() * columns * (padded + rows)
     score = torch.empty(batch, experts, dtype=x.dtype if narrow else torch.float32, device=x.device)
     run(
         score_kernel, (triton.cdiv(experts, rows),),
         x, weight, bias, score, batch, width, experts, x.stride(0), weight.stride(0),
-        BIAS=bias is not None, NORMALIZE=normalize, ACTIVATION=activation, BATCH=padded_batch(batch), ROWS=rows,
-        COLUMNS=columns, WHOLE=batch == 1 and columns >= width, STAGES=config.stages, UPCAST=interpreting(),
-        num_warps=config.warps,
+        BIAS=bias is not None, NORMALIZE=normalize, ACTIVATION=activation, BATCH=padded, ROWS=rows,
+        COLUMNS=columns, WHOLE=batch == 1 and columns >= width, STAGES=depth(config.stages, held),
+        UPCAST=interpreting(), num_warps=config.warps,
     )  # fmt: skip
     return score
 
