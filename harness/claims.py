@@ -191,7 +191,7 @@ def _beside(twin: str, accepted: Iterable[Row], rows: Iterable[Row]) -> list[Row
     """The rows with the dense cell of another model, measured on the same machine and text, in place of their own."""
 
     def setting(record: store.Record) -> str:
-        return str([record["machine"].get("identity"), *(record["cell"].get(n) for n in SETTING if n != "model")])
+        return str([store.place(record), *(record["cell"].get(n) for n in SETTING if n != "model")])
 
     dense = {
         setting(one.record): one.record

@@ -24,7 +24,7 @@ def grids(groups: Iterable[Group]) -> list[Grid]:
     alike: dict[str, list[Group]] = {}
     for found in groups:
         rest = {name: value for name, value in found.setting.items() if name not in ("batch", "context")}
-        alike.setdefault(json.dumps([found.machine.get("identity"), rest], sort_keys=True), []).append(found)
+        alike.setdefault(json.dumps([found.place, rest], sort_keys=True), []).append(found)
     return [grid for found in alike.values() if (grid := _grid(found)) and not found[0].on_cpu]
 
 

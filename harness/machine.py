@@ -55,6 +55,13 @@ def identity(device: str = "cpu") -> str:
     return describe(device)["identity"]
 
 
+def kind(machine: dict[str, Any]) -> str:
+    """What accuracy and cost may depend on: the model of GPU, not which one of them, and the versions; of a CPU all."""
+    if not machine.get("gpu"):
+        return str(machine.get("identity"))
+    return repr([machine["gpu"]["name"], machine.get("python"), *(machine.get(name) for name in LIBRARIES)])
+
+
 def gpu_state(device: str = "cuda") -> dict[str, Any]:
     """The GPU and its momentary clocks [MHz], throttle reasons and other processes; read it around a timed run too.
 

@@ -95,7 +95,7 @@ def sections(groups: Sequence[Group]) -> list[str]:
     for group in groups:
         # Quality does not depend on batch and context: the first of these tables stands for all.
         setting = {name: value for name, value in group.setting.items() if name not in ("batch", "context")}
-        key = json.dumps([group.machine.get("identity"), setting], sort_keys=True)
+        key = json.dumps([group.place, setting], sort_keys=True)
         measured = [] if key in done or group.synthetic else [(o, pairs(o, group.rows)) for o in orderings]
         done.add(key)
         if any(found for _, found in measured):

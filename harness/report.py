@@ -269,7 +269,9 @@ def _section(found: Group) -> list[str]:
 
 def _machine(found: Group) -> str:
     newest = max((row.record for row in found.rows), key=lambda record: str(record["time"]))
-    return f"Machine: {machine.line(found.machine, newest)}"
+    units = {one.record["machine"].get("identity") for row in found.rows for one in row.repeats or [row]}
+    more = f" · and {len(units) - 1} more of this kind" if len(units) > 1 else ""
+    return f"Machine: {machine.line(newest['machine'], newest)}{more}"
 
 
 def _warnings(found: Group) -> list[str]:

@@ -12,7 +12,8 @@ from typing import Any
 from methods.base import CONTROLS
 
 from . import stats
-from .store import Record
+from .machine import kind
+from .store import Record, place
 
 BASELINES = ("dense", "null")
 BUDGETS = (1.0, 3.0)  # per cent of accuracy that a cell may lose; only cells within the last one are ranked
@@ -227,6 +228,12 @@ class Group:
     left_out: list[Record]
 
     @property
+    def place(self) -> str:
+        """Where it was timed, if it was."""
+        records = [*(one.record for row in self.rows for one in row.repeats or [row]), *self.left_out]
+        return place(max(records, key=lambda record: record["cell"].get("timed", True)))
+
+    @property
     def synthetic(self) -> bool:
         return self.setting["weights"] == "synthetic"
 
@@ -280,7 +287,8 @@ def doubts_of(rows: Iterable[Row]) -> list[str]:
     rows = [one for row in rows for one in row.repeats or [row]]
     records = [row.record for row in rows]
     doubts = [text for record in records for text in disturbances(record)]
-    if len({r["machine"].get("identity") for r in records}) > 1:
+    timed = {r["machine"].get("identity") for r in records if r["cell"].get("timed", True)}
+    if len(timed) > 1 or len({kind(r["machine"]) for r in records}) > 1:
         doubts.append("not all rows come from the same machine or the same versions")
     if any((r.get("git") or {}).get("dirty") and r["git"].get("commit") for r in records):
         doubts.append("some rows come from a tree with uncommitted changes")
@@ -300,12 +308,22 @@ def is_share(task: dict[str, Any]) -> bool:
 
 
 def group(records: Iterable[Record]) -> list[Group]:
-    """Records by machine and setting, in order of first appearance; rows by method, then falling density."""
-    members: dict[str, list[Record]] = {}
+    """Records by place and setting, in order of first appearance; rows by method, then falling density.
+
+    Cells without latency join the timed ones of their setting, where all these are of one machine.
+    """
+    alike: dict[str, list[Record]] = {}
     for record in records:
         setting = [record["cell"].get(name) for name in SHARED]
-        members.setdefault(json.dumps([record["machine"].get("identity"), setting], sort_keys=True), []).append(record)
-    return [_group(found) for found in members.values()]
+        alike.setdefault(json.dumps([kind(record["machine"]), setting], sort_keys=True), []).append(record)
+    found: list[list[Record]] = []
+    for members in alike.values():
+        by_place: dict[str, list[Record]] = {}
+        for record in members:
+            by_place.setdefault(place(record), []).append(record)
+        of_one = len({place(record) for record in members if record["cell"].get("timed", True)}) <= 1
+        found += [members] if of_one else by_place.values()
+    return [_group(members) for members in found]
 
 
 def _group(records: list[Record]) -> Group:
@@ -331,6 +349,7 @@ def combine(rows: Iterable[Row]) -> list[Row]:
 
 
 def _joined(repeats: list[Row]) -> Row:
+    repeats = [row for row in repeats if row.dense] or repeats  # a seed without a dense cell tells of no loss
     if len(repeats) == 1:
         return repeats[0]
     dense = [row.dense for row in repeats if row.dense]
@@ -383,7 +402,7 @@ def rank(found: Group) -> None:
             for row in found.rows
             if not row.is_baseline and row.speedup and row.loss and row.loss[0] <= budget
         ]
-        for place, (row, own) in enumerate(sorted(fit, key=lambda pair: -pair[1].estimate), 1):
+        for number, (row, own) in enumerate(sorted(fit, key=lambda pair: -pair[1].estimate), 1):
             faster = sum(other.low > own.high for _, other in fit)
             slower = sum(other.high < own.low for _, other in fit)
-            row.ranks[budget] = Rank(place, 1 + faster, len(fit) - slower)
+            row.ranks[budget] = Rank(number, 1 + faster, len(fit) - slower)

@@ -15,6 +15,8 @@ from typing import Any
 
 from methods.errors import UsageError
 
+from . import machine
+
 try:
     import fcntl
 except ImportError:  # Windows: one process at a time
@@ -95,12 +97,19 @@ def done_keys(out: str | Path) -> set[str]:
     return {r["key"] for r in load(folder) if r["status"] in FINISHED} if folder.is_dir() else set()
 
 
+def place(record: Record) -> str:
+    """Where a record was measured, as far as it matters to the table it stands in: times are those of one machine, the
+    rest is that of any machine with the same model of GPU and the same versions."""
+    if record["cell"].get("timed", True):
+        return str(record["machine"].get("identity"))
+    return machine.kind(record["machine"])
+
+
 def latest(records: Iterable[Record]) -> list[Record]:
-    """The newest record of each cell on each machine, whatever source measured it; order of first appearance."""
+    """The newest record of each cell at each place, whatever source measured it; order of first appearance."""
     newest: dict[str, Record] = {}
     for record in records:
-        identity = json.dumps([record["cell"], record["machine"].get("identity")], sort_keys=True)
-        newest[identity] = record
+        newest[json.dumps([record["cell"], place(record)], sort_keys=True)] = record
     return list(newest.values())
 
 

@@ -178,6 +178,34 @@ def test_settings_and_machines_never_share_a_table() -> None:
     assert len(groups) == 3 and all(len(group.rows) == 1 for group in groups)
 
 
+def elsewhere(entry: dict[str, Any], unit: str, **gpu: Any) -> dict[str, Any]:
+    return {**entry, "machine": {**entry["machine"], "identity": unit, "gpu": {**GPU, **gpu}}}
+
+
+def test_cells_without_latency_share_a_table_with_those_of_other_units_of_the_same_gpu() -> None:
+    cells = [record(), record("teal", 0.5)]
+    cells = [{**cell, "cell": {**cell["cell"], "timed": False}, "latency": {}} for cell in cells]
+    there = [elsewhere(cell, "there") for cell in cells]
+    assert len(store.latest([cells[0], there[0]])) == 1
+    (found,) = rows.group([cells[0], there[1]])
+    assert [row.method for row in found.rows] == ["dense", "teal"] and found.rows[1].dense == cells[0]
+    assert "of this kind" in report.page([found]) and not rows.doubts_of(found.rows)
+    other_gpu, other_torch = elsewhere(cells[1], "o", name="Other GPU"), elsewhere(cells[1], "v")
+    other_torch["machine"]["torch"] = "2.12"
+    assert len(rows.group([*cells, other_gpu, other_torch])) == 3
+
+
+def test_cells_without_latency_join_those_timed_on_one_unit() -> None:
+    quick = record("lte", 0.5, latency={})
+    quick["cell"]["timed"] = False
+    timed = [elsewhere(record(), "there"), elsewhere(record("teal", 0.5), "there")]
+    (found,) = rows.group([quick, *timed])
+    assert [row.method for row in found.rows] == ["dense", "lte", "teal"] and found.place == "there"
+    assert found.rows[1].dense == timed[0]
+    quick_group, *units = rows.group([quick, *timed, record()])
+    assert [row.method for row in quick_group.rows] == ["lte"] and [unit.place for unit in units] == ["there", "m"]
+
+
 def test_latest_record_of_a_cell_wins() -> None:
     older, newer = record("teal", 0.5), record("teal", 0.5, source="t", seconds=2.0)
     assert store.latest([older, record(), newer]) == [newer, record()]

@@ -34,6 +34,14 @@ def test_three_seeds_are_one_row() -> None:
     assert "| seeds" in text and "Machine: Test GPU" in text
 
 
+def test_a_seed_without_a_dense_cell_is_left_out() -> None:
+    """It tells of no loss; were it averaged in, the row would have none either."""
+    (group,) = rows.group(three()[:-2] + three()[-1:])
+    assert group.rows[1].seeds == [0, 1] and group.rows[1].loss is not None
+    (alone,) = rows.group([found for found in three() if found["cell"]["method"] == "teal"])
+    assert alone.rows[0].seeds == [0, 1, 2] and alone.rows[0].loss is None
+
+
 def test_the_interval_includes_the_seed() -> None:
     worse = three()
     for found, harm in zip(worse[1::2], (0.0, 0.05, 0.1), strict=True):
@@ -74,10 +82,10 @@ def test_means_are_of_what_was_measured_and_nothing_else() -> None:
     records = three()
     records[1]["fidelity"], records[3]["fidelity"] = {"perplexity": 8.0}, {"perplexity": 9.0}
     records[5]["fidelity"] = {"perplexity": 13.0}
-    records[5]["machine"] = {**records[5]["machine"], "torch": "3.0"}
+    records[5]["machine"] = {**records[5]["machine"], "os": "another"}
     (group,) = rows.group(records)
     found = group.rows[1].record
-    assert found["fidelity"]["perplexity"] == 10 and found["machine"]["torch"] == "3.0" and found["cell"]["seed"] == 2
+    assert found["fidelity"]["perplexity"] == 10 and found["machine"]["os"] == "another" and found["cell"]["seed"] == 2
     assert found["items"] == {} and "samples" not in found["latency"]
 
 
