@@ -113,8 +113,6 @@ def _measure_cell(
         session = Session(together, display)  # what is wrong with its files is found here, and ends the run
     try:
         result = session.measure(cell)
-        if result["artifact"]["manifest"].get("target_reached") is False:
-            display.say(f"  {cell.label}: the search ended before the target; the realised density is what counts")
         for kind in ("notes", "warnings"):
             for text in result["artifact"]["manifest"].get(kind) or ():
                 display.say(f"  {cell.label}: {text}")

@@ -123,7 +123,7 @@ class D2dmoe(Method):
         for density in densities:
             start = perf_counter()
             found, told = self._reach(model, tensors, self.target(density), data.calibration, progress)
-            told |= {"notes": notes, "seconds": round(shared + perf_counter() - start, 1)}
+            told |= {"notes": notes + told["notes"], "seconds": round(shared + perf_counter() - start, 1)}
             yield self.artifact(model, density, tensors | found, manifest | told)
 
     def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
@@ -268,7 +268,7 @@ class D2dmoe(Method):
         self, model: PreTrainedModel, tensors: dict[str, Tensor], density: float, windows: Tensor, progress: Progress
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """`threshold.<block>` whose density on calibration text is the target, and what the manifest says about it."""
-        from .shared.search import bisect
+        from .shared.search import bisect, missed
         from .shared.selection import expert_usage, mean_density, set_thresholds, thresholds, warnings
 
         options, tried = self.options, 0
@@ -299,6 +299,10 @@ class D2dmoe(Method):
             told["tau"] = [round(float(tau), 6) for tau in found.values()]
         doubts = warnings(usage) + (uneven(usage) if options.scope == "model" and options.rule == "dynamic" else [])
         told |= {"warnings": doubts, "target_reached": abs(reached - density) <= options.tolerance}
+        how = "a whole number of experts" if options.rule == "top-k" else "quantiles of each layer's own scores"
+        told["notes"] = missed(
+            density, reached, f"the nearest of {tried} tau tried" if tried else how, options.tolerance
+        )
         told["layers"] = [round(float(share.mean()), 4) for share in usage.values()]
         return found, told
 

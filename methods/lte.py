@@ -51,8 +51,8 @@ class LteOptions:
     stage2_steps: int = 300
     batch: int = 8
     lr: float = 0.0
-    tolerance: float = 0.03
-    trials: int = 5
+    tolerance: float = 0.01
+    trials: int = 8
     dense_prefix: bool = True
     lora_rank: int = 0
 
@@ -160,7 +160,7 @@ class _Trainer:
 
     def reach(self, density: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The artifact's tensors and manifest for one target density."""
-        from .shared.search import search
+        from .shared.search import missed, search
         from .shared.selection import expert_usage, mean_density, warnings
 
         eta = self.options.eta or search(
@@ -168,6 +168,7 @@ class _Trainer:
         )
         if eta not in self.density:
             self._stage1(eta)
+        why = "eta is given" if self.options.eta else f"the nearest of at most {self.options.trials} trials of eta"
         start, label = perf_counter(), f"lte stage 2 at density {density:.2f}"
         student = self._student(self.trained[eta])
         losses = student.train_hard(self.options.stage2_steps, label, self._file(eta, 2))
@@ -182,7 +183,7 @@ class _Trainer:
             "target_reached": abs(self.density[eta] - density) <= self.options.tolerance,
             "stage2_loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]],
             "stage2_density": round(mean_density(usage), 4),
-            "notes": self.notes,
+            "notes": self.notes + missed(density, self.density[eta], why, self.options.tolerance),
             "warnings": warnings(usage),
             "tokens": self.tokens + self.tuning.tokens(self.options.stage2_steps),
             "seconds": round(self.seconds + perf_counter() - start, 1),

@@ -48,11 +48,11 @@ def experts_for(density: float, units: int) -> int:
 
 
 def off_target(density: float, units: int) -> list[str]:
-    """A note where no whole number of experts is within 0.01 of the density."""
+    """A note where no whole number of experts is near enough to the density."""
+    from .search import missed
+
     k = experts_for(density, units)
-    if abs(k / units - density) <= 0.01:
-        return []
-    return [f"{units} experts allow densities in steps of {1 / units:.3f}: {k} of them run, density {k / units:.3f}"]
+    return missed(density, k / units, f"{k} of {units} experts run, which allow steps of {1 / units:.3f}")
 
 
 def activation_mass(hidden: Tensor) -> Tensor:

@@ -6,6 +6,11 @@ import math
 from collections.abc import Callable
 
 
+def missed(density: float, reached: float, why: str, tolerance: float = 0.01) -> list[str]:
+    """A note where the density that was reached is not the one asked for."""
+    return [] if abs(reached - density) <= tolerance else [f"density {reached:.3f} instead of {density:g}: {why}"]
+
+
 def search(
     density: float, known: dict[float, float], trial: Callable[[float], None], tolerance: float, trials: int
 ) -> float:

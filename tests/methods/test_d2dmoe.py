@@ -197,6 +197,9 @@ def test_a_density_below_one_expert_is_told() -> None:
     artifact = prepare(opt(), QUICK, 0.01)
     assert not artifact.manifest["target_reached"]
     assert artifact.manifest["density"] == pytest.approx(1 / 16, abs=0.005)
+    assert any("instead of 0.01: the nearest of" in note for note in artifact.manifest["notes"])
+    reached = prepare(opt(), f"{QUICK}:rule=top-k", 0.5)
+    assert not any("instead of" in note for note in reached.manifest["notes"])
 
 
 def test_at_tau_0_the_cost_is_dense_and_the_router() -> None:

@@ -257,6 +257,13 @@ def test_the_search_returns_the_nearest_when_the_target_is_out_of_reach() -> Non
     assert len(known) == 4 and known[found] == max(known.values())
 
 
+def test_a_density_out_of_reach_is_told_in_the_record() -> None:
+    spec = "lte:stage1_steps=1:stage2_steps=1:trials=1:batch=2"
+    (artifact,) = parse(spec).prepare(llama(), data(), [0.01])
+    assert not artifact.manifest["target_reached"]
+    assert any("instead of 0.01: the nearest of at most 1 trials" in note for note in artifact.manifest["notes"])
+
+
 def test_a_width_that_experts_do_not_divide_is_explained() -> None:
     reason = parse("lte").why_not(llama(intermediate_size=172).config)
     assert reason and "172" in reason and "expert_size=4" in reason or "expert_size=" in str(reason)
