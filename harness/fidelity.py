@@ -159,9 +159,9 @@ def decode_mask(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def kernel_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, scored: int) -> float:
-    """KL divergence, nats per token, of a token-by-token decode from the batched masked pass over the same text.
+    """KL divergence, nats per token, of a prompt and a token-by-token decode from one masked pass over the same text.
 
-    The decode runs the path that is timed (the kernels on a GPU), the batched pass the reference path. In bfloat16 the
+    Prompt and decode run the path that is timed (the kernels on a GPU), the one pass the reference path. In bfloat16 the
     two round differently, and a value at a threshold may fall on either side of it: tails of the distribution then
     move by several nats while its mass stays, so a mean over the mass is what tells a broken kernel from rounding.
     """
@@ -169,8 +169,9 @@ def kernel_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, sc
 
     steps = min(KERNEL_CHECK_TOKENS, scored)
     part = window[:, : window.shape[1] - scored + steps]
-    with handle.positions(active_positions(handle, part, steps)):
-        batched = model(input_ids=part[:, :-1], use_cache=False, logits_to_keep=steps).logits.float()
+    with handle.meter.apart() as meter, meter.on():  # whoever counts takes the reference path
+        with handle.positions(active_positions(handle, part, steps)):
+            batched = model(input_ids=part[:, :-1], use_cache=False, logits_to_keep=steps).logits.float()
     with fast_steps(model, handle):
         decoded = teacher_forced(model, handle, part, steps)
     expected, found = F.log_softmax(batched, -1), F.log_softmax(decoded, -1)

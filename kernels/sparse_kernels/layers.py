@@ -3,7 +3,8 @@ the experts it needs.
 
 Each has two paths with the same meaning. The *reference path* masks and then multiplies densely: any batch, any
 length, differentiable, and it can treat some positions as dense and others as sparse. The *fast path* runs the
-shared kernels and reads only what is active; it serves decode steps (few rows, every one of them sparse) on a GPU.
+shared kernels and reads only what is active; it serves decode steps (few rows, every one of them sparse) on a GPU, and
+of an FFN's experts also prompts that are sparse at every position.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ACTIVATIONS, expert_hidden, input_linear, neuron_ffn, threshold_linear
+from . import ACTIVATIONS, expert_ffn_prefill, expert_hidden, input_linear, neuron_ffn, threshold_linear
 from .expert_ffn.launch import CROSSOVER
 from .input_linear.launch import union
 from .neuron_ffn.launch import takes_rows
 from .selectors import Selector
 
-FAST_ROWS = 64  # what the kernels take; a decode step of this many sequences is theirs, a prompt is not
+FAST_ROWS = 64  # what the kernels of a decode step take; more tokens are a prompt
+ROUTED = 16  # neurons of an expert from which on grouping a prompt's tokens by expert fills matrix units
 
 
 class Phase:
@@ -262,6 +264,7 @@ class ExpertFFN(SparseLayer):
         shift = None if mean is None else (down.weight.detach().float() @ mean.to(down.weight).float()).to(down.weight)
         self.register_buffer("shift", shift)
         self.down_t = torch.empty(0)
+        self.cut, self.mean_output = torch.empty(0), torch.empty(0)  # between not chosen and chosen; W mean, by expert
         self.constant: Tensor | None = None
         self.set_selector(selector)
 
@@ -290,9 +293,18 @@ class ExpertFFN(SparseLayer):
             self.down_t = self.down.weight.detach().t().contiguous()
             given = [term for term in (self.shift, self.down.bias) if term is not None]
             self.constant = sum(given[1:], given[0]) if given else None
+            self.cut = torch.full((1,), 0.5, device=self.down_t.device)
+            if self.mean is not None:
+                weighted = self.down_t.float() * self.mean.float()[:, None]
+                self.mean_output = weighted.unflatten(0, (self.units, -1)).sum(1).to(self.down_t)
 
     def fast(self, x: Tensor) -> bool:
         return self.selector is not None and self.selector.fast and super().fast(x)
+
+    def routed(self, x: Tensor) -> bool:
+        """True where the kernels serve a prompt: more rows than a step has, all of them sparse, nobody counting."""
+        whole = x.is_cuda and self.phase.active is True and not self.meter.enabled
+        return whole and self.selector is not None and self.selector.fast and self.size >= ROUTED
 
     def hidden(self, x: Tensor) -> Tensor:
         """All neurons, grouped by expert: [..., experts, neurons per expert]."""
@@ -309,6 +321,8 @@ class ExpertFFN(SparseLayer):
             return self.down(self.hidden(x).flatten(-2))
         if fast:
             return self._skip(x.reshape(-1, x.shape[-1]), self.selector).view(*x.shape[:-1], -1)
+        if self.routed(x):
+            return self._prefill(x, self.selector)
         h = self.hidden(x)
         keep = self.mask(self.selector(x, h)).unsqueeze(-1)
         if self.mean is None:
@@ -334,6 +348,18 @@ class ExpertFFN(SparseLayer):
         if self.mean is not None:
             h = torch.where((score > threshold).repeat_interleave(self.size, 1), h - self.mean, 0)
         return input_linear(h, self.down_t, index, self.count, None, self.constant, self.size)
+
+    def _prefill(self, x: Tensor, selector: Selector) -> Tensor:
+        """x [..., d]; multiplies the weights of an expert with the tokens that chose it."""
+        self.materialize()
+        rows = x.reshape(-1, x.shape[-1])
+        keep = selector(x, x).reshape(len(rows), -1)  # selectors with a fast path score x alone
+        gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
+        weights = gate, self.up.weight, self.down_t, gate_bias, self.up.bias, self.constant
+        y = expert_ffn_prefill(rows, *weights, keep.float(), self.cut, self.activation)
+        if self.mean is not None:
+            y = y - keep.to(y) @ self.mean_output
+        return y.view(*x.shape[:-1], -1)
 
     def parts(self, rows: Tensor) -> Tensor | None:
         """float32 [P, 1, d], whose sum and `constant` are what forward gives; None where no fast path leaves parts.

@@ -67,6 +67,31 @@ def test_the_kernels_compute_what_the_masks_do(device, kind, rows, gated, compen
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gated, compensated", [(True, False), (False, False), (True, True)])
+def test_prompts_are_routed_to_what_the_masks_leave(device, kind, gated, compensated):
+    torch.manual_seed(2)
+    mean = torch.randn(UNITS * SIZE, device=device) if compensated else None
+    selector = router(kind, device)
+    layer, x = ffn(selector, gated, mean, device), torch.randn(2, 35, WIDTH, device=device)
+    found = layer._prefill(x, selector)
+    assert found.shape == x.shape and torch.allclose(found, _reference(layer, x), atol=1e-5)
+
+
+def test_what_a_prompt_is_routed_for(monkeypatch):
+    """Sparse at every position, by a selector that needs no hidden layer, in experts that fill matrix units."""
+    layer, x = ffn(router("lte")), torch.randn(1, 70, WIDTH)
+    cuda = torch.empty(1, 70, WIDTH, device="meta")
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: self.device.type == "meta"))
+    assert layer.routed(cuda) and not layer.routed(x)
+    with layer.meter.on():
+        assert not layer.routed(cuda)
+    layer.phase.active = torch.ones(1, 70, dtype=torch.bool)
+    assert not layer.routed(cuda)
+    assert not ffn(Oracle(UNITS, lambda h: h.abs().sum(-1), "threshold", 0.3)).routed(cuda)
+    assert not ffn(router("lte", units=UNITS * SIZE)).routed(cuda)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("compensated", [False, True])
 def test_parts_and_the_constant_are_the_whole(device, kind, compensated, monkeypatch):
     torch.manual_seed(2)
