@@ -161,8 +161,8 @@ def decode_mask(model: PreTrainedModel, tokens: Tensor) -> dict[str, Tensor]:
 def kernel_check(model: PreTrainedModel, handle: SparseModel, window: Tensor, scored: int) -> float:
     """KL divergence, nats per token, of a prompt and a token-by-token decode from one masked pass over the same text.
 
-    Prompt and decode run the path that is timed (the kernels on a GPU), the one pass the reference path. In bfloat16 the
-    two round differently, and a value at a threshold may fall on either side of it: tails of the distribution then
+    Prompt and decode run the path that is timed (the kernels on a GPU), the one pass the reference path. In bfloat16
+    the two round differently, and a value at a threshold may fall on either side of it: tails of the distribution then
     move by several nats while its mass stays, so a mean over the mass is what tells a broken kernel from rounding.
     """
     from methods.runtime import fast_steps

@@ -143,27 +143,35 @@ def _with_panels(groups: Sequence[Group]) -> list[tuple[Group, list[Panel]]]:
 
 
 def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
-    """One line of panels per table, without controls; where variants are many, each method's best alone."""
+    """A table's panels side by side, without controls; where variants are many, each method's best alone."""
     from matplotlib import pyplot as plt
 
     columns = max(len(found) for _, found in parts)
-    size = (4.6 * columns + 0.4, 3.9 * len(parts))
-    figure, axes = plt.subplots(len(parts), columns, figsize=size, squeeze=False, layout="constrained")
-    for line, (group, found) in zip(axes, parts, strict=True):
+    starts, free = [], 0  # the next place, by lines
+    for _, found in parts:
+        free += -free % columns if free % columns + len(found) > columns else 0
+        starts.append(free)
+        free += len(found)
+    lines = -(-free // columns)
+    size = (4.6 * columns + 0.4, 3.9 * lines)
+    figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for start, (group, found) in zip(starts, parts, strict=True):
+        line = axes.flat[start : start + len(found)]
         rows = [row for row in group.rows if not row.control]
         crowded = len({_variant(row) for row in rows}) > CROWDED
-        for axis, panel in zip(line, found, strict=False):
+        for axis, panel in zip(line, found, strict=True):
+            axis.set_visible(True)
             shown, name = (_best(rows, panel), _method) if crowded and panel.larger is not None else (rows, _variant)
             _draw(axis, shown, panel, name, behind=rows)
-        for axis in line[len(found) :]:
-            axis.set_visible(False)
         named: dict[str, Any] = {}
-        for axis in line[: len(found)]:
+        for axis in line:
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
                 named.setdefault(label, handle)
         place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
-        line[len(found) - 1].legend(named.values(), named.keys(), fontsize=7.5, frameon=False, **place)
-        title = [part for text in (group.title, group.details) for part in wrap(text, 64 * columns)]
+        line[-1].legend(named.values(), named.keys(), fontsize=7.5, frameon=False, **place)
+        title = [part for text in (group.title, group.details) for part in wrap(text, 42 * len(found))]
         line[0].set_title("\n".join(title), loc="left", fontsize=8.5)
     return figure
 
