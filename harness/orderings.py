@@ -12,7 +12,7 @@ from typing import Any
 
 from . import stats
 from .rows import Group, Row
-from .tables import NONE, github
+from .tables import github
 
 DATA = Path(__file__).with_name("orderings.toml")
 MORE, LESS = 0.01, 0.05  # which the better cell may have more, or less, of what should be equal
@@ -107,7 +107,10 @@ def sections(groups: Sequence[Group]) -> list[str]:
                 "verdict",
             ]
             s = group.setting
-            parts += [f"### {s['model']}, {s['mode']}", github(titles, [_line(o, found) for o, found in measured])]
+            told = [_line(ordering, found) for ordering, found in measured if found]
+            parts += [f"### {s['model']}, {s['mode']}", github(titles, told)]
+            untold = "; ".join(ordering.ordering for ordering, found in measured if not found)
+            parts += [f"**Not measured** here: {untold}."] if untold else []
     return ["## The papers' orderings", HOW_TO_READ, *parts] if parts else []
 
 
@@ -117,9 +120,8 @@ def _line(ordering: Ordering, found: list[Pair]) -> list[str]:
         d = pair.difference
         texts.append(f"{_name(pair, ordering)}: {d.estimate:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
     seen = sum(pair.seen for pair in found)
-    verdict = "not measured" if not found else "seen" if seen == len(found) else "not seen"
-    counts = f" ({seen} of {len(found)})" if found else ""
-    return [ordering.ordering, ordering.source, ordering.equal, "; ".join(texts) or NONE, f"**{verdict}**{counts}"]
+    verdict = f"**{'seen' if seen == len(found) else 'not seen'}** ({seen} of {len(found)})"
+    return [ordering.ordering, ordering.source, ordering.equal, "; ".join(texts), verdict]
 
 
 def _name(pair: Pair, ordering: Ordering) -> str:

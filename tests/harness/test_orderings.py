@@ -84,7 +84,7 @@ def test_verdicts(shift: float, verdict: str) -> None:
     found = line(page, "a learned router beats similarity")
     assert verdict in found and "MoEfication, table 2" in found
     assert (f"0.5: {-shift:+.3f} [" in found) == bool(shift)
-    assert "**not measured**" in line(page, "LTE beats MoEfication ")
+    assert "LTE beats MoEfication;" in page.split("**Not measured** here: ")[1]
 
 
 def test_reversed_is_not_seen_and_every_density_counts() -> None:
