@@ -99,7 +99,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help=f"a first look: {QUICK_LIMIT} items per task")
     add("--limit", type=int, metavar="N", help=f"items per task (default: {LIMIT})")
     add("--no-latency", action="store_true", help="quality and cost only, so that runs can share a GPU")
-    add("--seed", type=int, default=0, help="of every random choice (default: 0)")
+    add("--workers", type=int, default=1, metavar="N", help="processes that share it, with --no-latency (default: 1)")
+    add("--seed", default="0", metavar="LIST", help="of every random choice (default: 0)")
     add("--dry-run", action="store_true", help="print the cells and what they would cost, and stop")
     add("--force", action="store_true", help="measure cells again that are done")
 
@@ -113,7 +114,7 @@ def split(text: str, flag: str) -> list[str]:
 
 
 def build_plan(args: argparse.Namespace) -> list[Cell]:
-    """The cells of a run: models x batches x contexts x modes x (dense, null, methods x densities).
+    """The cells of a run: models x seeds x batches x contexts x modes x (dense, null, methods x densities).
 
     A method that cannot serve a model or mode stays in the plan with its reason, unless it was the only one asked for.
     Raises UsageError for anything that is wrong with the arguments or missing on this machine.
@@ -130,6 +131,9 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
     limit = args.limit if args.limit is not None else QUICK_LIMIT if args.quick else LIMIT
     if limit < 1:
         raise UsageError(f"--limit is {limit}: give 1 or more, or --tasks none.")
+    if args.workers < 1 or (args.workers > 1 and not args.no_latency):
+        raise UsageError("--workers above 1 needs --no-latency, since timed cells need the machine to themselves.")
+    seeds = numbers(args.seed, "--seed", _seed)
     tasks = _tasks(args.tasks)
     device = models.resolve_device(args.device)
     dtype = models.resolve_dtype(args.dtype, device)
@@ -143,7 +147,7 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
         synthetic = args.weights == "synthetic"
         # Modes innermost: all cells of one batch and context share the dense runners that were built for these.
         settings = product(batches, _contexts(spec.name, config, contexts), modes)
-        for (batch, context, mode), method in product(settings, methods):
+        for seed, (batch, context, mode), method in product(seeds, settings, methods):
             for density in _method_densities(method, densities):
                 cells.append(
                     Cell(
@@ -158,7 +162,7 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
                         tasks=() if synthetic else tasks,
                         corpus=args.corpus,
                         limit=limit,
-                        seed=args.seed,
+                        seed=seed,
                         device=device,
                         dtype=dtype,
                         timed=not args.no_latency,
@@ -177,7 +181,7 @@ def notes(cells: Sequence[Cell]) -> list[str]:
     found = []
     if any(cell.weights == "synthetic" for cell in cells):
         found.append("random weights have FLOPs, bytes and latency only: perplexity and tasks are skipped.")
-    if any(cell.device == "cpu" for cell in cells):
+    if any(cell.device == "cpu" and cell.timed for cell in cells):
         found.append("without a GPU the latency is that of the CPU reference path: labelled so, never ranked.")
     if skipped := sum(cell.not_applicable is not None for cell in cells):
         found.append(f"{skipped} of {len(cells)} cells are not applicable; the table says why.")
@@ -249,12 +253,20 @@ def numbers(text: str, flag: str, convert: Callable[[str, str], T]) -> list[T]:
 
 
 def _positive(text: str, flag: str) -> int:
+    return _whole(text, flag, 1)
+
+
+def _seed(text: str, flag: str) -> int:
+    return _whole(text, flag, 0)
+
+
+def _whole(text: str, flag: str, least: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise UsageError(f"'{text}' is no value for {flag}: give whole numbers from 1, like {flag} 1,8.")
+        value = least - 1
+    if value < least:
+        raise UsageError(f"'{text}' is no value for {flag}: give whole numbers from {least}, like {flag} {least},8.")
     return value
 
 

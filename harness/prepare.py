@@ -34,6 +34,8 @@ def main(args: argparse.Namespace) -> int:
         "out": args.save or "results/local",
         "quick": False,
         "no_latency": True,
+        "workers": 1,
+        "seed": str(args.seed),
         "limit": None,
     }
     cells = [c for c in plan.build_plan(argparse.Namespace(**options)) if c.method not in plan.BASELINES]

@@ -18,12 +18,12 @@ class Display:
     `weights` are the expected costs of the cells in any unit; the time left is learned from those already done.
     """
 
-    def __init__(self, weights: list[float]) -> None:
+    def __init__(self, weights: list[float], quiet: bool = False) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         self.weights, self.spent, self.seconds, self.number = weights, 0.0, 0.0, 0
-        quiet = rank() > 0
+        quiet = quiet or rank() > 0
         self.console = Console(stderr=True, highlight=False, quiet=quiet)
         self.live = self.console.is_terminal and not quiet
         if not self.live:

@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(dry_run(cells))
         return 0
-    from . import machine, report, store
+    from . import machine, report, store, workers
 
     store.ensure_writable(args.out)
     source, here = plan.source_hash(), machine.identity(cells[0].device)
@@ -44,10 +44,13 @@ def main(args: argparse.Namespace) -> int:
     if len(pending) < len(cells):
         done_already = f"{len(cells) - len(pending)} of {len(cells)} cells are done already"
         print(f"{done_already} (--force repeats them)", file=sys.stderr)
-    failed = 0
-    for record in measure(pending, source, here):
-        store.append(args.out, record)
-        failed += record["status"] == "failed"
+    if args.workers > 1:
+        failed = workers.measure(pending, args.out, source, here, args.workers)
+    else:
+        failed = 0
+        for record in measure(pending, source, here):
+            store.append(args.out, record)
+            failed += record["status"] == "failed"
     report.build(args.out)
     report.show(args.out)
     return 1 if failed else 0
@@ -69,7 +72,7 @@ def dry_run(cells: list[Cell]) -> str:
     return plan.describe(cells, columns)
 
 
-def measure(cells: list[Cell], source: str, here: str) -> Iterator[dict[str, Any]]:
+def measure(cells: list[Cell], source: str, here: str, quiet: bool = False) -> Iterator[dict[str, Any]]:
     """A record per cell, as soon as it is known; one model is in memory at a time."""
     from . import machine
     from .progress import Display
@@ -79,7 +82,7 @@ def measure(cells: list[Cell], source: str, here: str) -> Iterator[dict[str, Any
     def same_model(cell: Cell) -> tuple[Any, ...]:
         return cell.model, cell.weights, cell.device, cell.dtype, cell.corpus, cell.seed, cell.limit
 
-    with Display([0.1 if cell.not_applicable else 1.0 for cell in cells]) as display:
+    with Display([0.1 if cell.not_applicable else 1.0 for cell in cells], quiet) as display:
         for _, group in groupby(cells, same_model):
             session: Session | None = None
             together = list(group)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness import plan
+from harness import plan, workers
 from harness.plan import Cell
 from methods import families
 from methods.errors import UsageError
@@ -43,7 +43,18 @@ def test_defaults_make_a_default_run() -> None:
     plan.add_run_arguments(parser)
     chosen = parser.parse_args([])
     assert (chosen.methods, chosen.model, chosen.mode, chosen.batch) == ("lte,teal", "reference", "decode", "1")
-    assert (chosen.out, chosen.corpus, chosen.seed, chosen.limit) == ("results/local", "stdlib", 0, None)
+    assert (chosen.out, chosen.corpus, chosen.seed, chosen.limit) == ("results/local", "stdlib", "0", None)
+
+
+def test_seeds_multiply_and_processes_share_what_is_not_timed() -> None:
+    made = cells("--methods", "teal", "--density", "0.5", "--seed", "0,2", "--no-latency", "--workers", "3")
+    assert [cell.seed for cell in made] == [0] * 3 + [2] * 3
+    assert [len(share) for share in workers.shares(made)] == [2, 2, 1, 1]
+    assert {cell.method for cell in workers.shares(made)[0]} == {"dense", "null"}
+    with pytest.raises(UsageError, match="--no-latency"):
+        cells("--workers", "2")
+    with pytest.raises(UsageError, match="-1"):
+        cells("--seed=-1")
 
 
 def test_lists_multiply_and_baselines_come_first() -> None:

@@ -116,6 +116,37 @@ def test_a_resumed_cell_equals_an_uninterrupted_one(model: str, tmp_path: Path) 
         assert alone[block] == whole["teal"][block]
 
 
+def test_processes_share_the_cells_without_latency(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In other processes and another order, the same numbers; and what is missing is done by the same command."""
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    more = ["--no-latency", "--tasks", "none", "--seed", "0,1", "--density", "0.5"]
+    assert cli.main(command(model, alone, *more)) == 0
+    assert cli.main(command(model, shared, *more, "--workers", "2")) == 0
+    assert "[8/8]" in capsys.readouterr().err
+    expected, found = ({r["key"]: r for r in store.load(out)} for out in (alone, shared))
+    assert found.keys() == expected.keys() and len(found) == 8
+    assert {r["cell"]["seed"] for r in found.values()} == {0, 1}
+    for key, record in found.items():
+        assert record["status"] == "ok" and not record["latency"]
+        assert record["fidelity"] == pytest.approx(expected[key]["fidelity"], rel=1e-4, abs=1e-6)
+    assert (shared / "LEADERBOARD.md").is_file()
+
+
+def test_a_process_tells_which_cells_failed(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACTIVATION_SPARSITY_CACHE", str(tmp_path / "file"))
+    (tmp_path / "file").write_text("where a folder should be: nothing can be prepared")
+    arguments = command(model, tmp_path / "out", "--no-latency", "--tasks", "none", "--workers", "2")
+    arguments[4] = "teal:allocation=uniform"
+    assert cli.main(arguments) == 1
+    assert capsys.readouterr().err.count("failed: NotADirectoryError") == 2
+    status = {name: record["status"] for name, record in by_method(tmp_path / "out").items()}
+    assert status == {"dense None": "ok", "null None": "ok", "teal 0.7": "failed", "teal 0.5": "failed"}
+
+
 def test_modes_batches_and_contexts_multiply_into_cells(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
