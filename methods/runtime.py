@@ -189,10 +189,10 @@ class FastBlock:
         if "attn_norm" in self.taps:
             x = self.first(h)
             self._tell("attn_norm", x)
-            qkv, _ = self.qkv(x)
+            qkv, _ = self.qkv(x, partial=self.qkv.bias is None)
         else:
-            qkv, _ = self.qkv(h, **self.first.options(stats))
-        q, k, v = (part.view(batch, -1, self.dim) for part in qkv.split(self.qkv.widths, 1))
+            qkv, _ = self.qkv(h, partial=self.qkv.bias is None, **self.first.options(stats))
+        q, k, v = (part.view(*qkv.shape[:-1], -1, self.dim) for part in qkv.split(self.qkv.widths, -1))
         position = layer.cumulative_length.reshape(1)
         embeddings = kwargs.get("position_embeddings") or (None, None)
         cos, sin = (t if t is None else t[:, 0].contiguous() for t in embeddings)

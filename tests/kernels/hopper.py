@@ -219,6 +219,9 @@ def compile_attention() -> None:
     table, place = torch.empty(1, 128, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int64)
     for tables, norm in (((table, table), table[0]), ((None, None), None)):
         attention.rope_cache_write(*qkv.split([32, 8, 8], 1), *tables, place, cache, cache, norm, norm, 1e-6)
+    for parts in (22, 66):
+        split = torch.empty(parts, 1, 48, 128).split([32, 8, 8], 2)
+        attention.rope_cache_write(*split, table, table, place, cache, cache, norm, norm, 1e-6)
 
 
 if __name__ == "__main__":

@@ -262,6 +262,24 @@ def same(a, b):
     return torch.equal(a.nan_to_num(-9), b.nan_to_num(-9))
 
 
+@pytest.mark.parametrize("batch, heads, groups", [(1, 4, 4), (3, 6, 2)])
+@pytest.mark.parametrize("parts", [1, 5, 70])
+@pytest.mark.parametrize("dtype", [torch.float32, *ROUNDED])
+def test_rope_of_parts_is_that_of_their_sum(device, batch, heads, groups, parts, dtype):
+    *qkv, cos, sin, place, keys, values = step(batch, heads, groups, 48, device, dtype)
+    shares = torch.zeros(parts, device=device)
+    shares[torch.randperm(parts, device=device)[:2]] = 0.5 if parts > 1 else 1.0  # the sum is exact in any order
+    projection = torch.cat(qkv, 1).float() * shares[:, None, None, None]
+    wanted = copies((keys, values))
+    expected = naive.rope_cache_write(*qkv, cos, sin, place, *wanted)
+    split = projection.split([heads, groups, groups], 2)
+    assert torch.equal(rope_cache_write(*split, cos, sin, place, keys, values), expected)
+    assert same(keys, wanted[0]) and same(values, wanted[1])
+    if parts == 1:  # of a dense product
+        whole = [x.to(dtype) for x in split]
+        assert torch.equal(rope_cache_write(*whole, cos, sin, place, keys, values), expected)
+
+
 @pytest.mark.parametrize("batch, heads, groups", [(1, 4, 4), (2, 6, 2), (7, 5, 1)])
 @pytest.mark.parametrize("dim", [32, 80, 128])
 @pytest.mark.parametrize("dtype", ROUNDED)
@@ -381,6 +399,9 @@ def rope_domain(**changes):
         (dict(key_cache=torch.zeros(2, 2, 16)), "key_cache must have shape .batch, groups"),
         (dict(value_cache=torch.zeros(2, 2, 8, 16)), "value_cache must have shape"),
         (dict(query_norm=torch.zeros(8)), "query_norm must be a contiguous"),
+        (dict(query=torch.zeros(3, 2, 4, 16)), "Parts of key must be float32 views"),
+        ({n: torch.zeros(3, 2, 4, 16) for n in ("query", "key", "value")}, "key must have 2 groups"),
+        ({n: torch.zeros(3, 2, 2, 16).half() for n in ("query", "key", "value")}, "Parts of query must be float32"),
         (dict(key_norm=torch.zeros(16).half()), "key_norm must be a contiguous"),
     ],
 )

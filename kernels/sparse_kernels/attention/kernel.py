@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_kernels.attention.launch import FUSED_SPLITS, LAUNCH, MAX_SPLITS, ROPE_HEADS, Decode, regime
+from sparse_kernels.attention.launch import FUSED_SPLITS, LAUNCH, MAX_SPLITS, ROPE_HEADS, ROPE_PARTS, Decode, regime
 from sparse_kernels.blocks import begin, last_to_arrive
 from sparse_kernels.launch import interpreting, multiprocessors, pick, power_of_2, run, semaphores
 
@@ -245,13 +245,28 @@ def attention_decode(
 
 
 @triton.jit
+def whole(x, inside, parts, stride_part, PARTS: tl.constexpr, DTYPE: tl.constexpr):
+    """float32 values at x [H, D]; of parts their sum, all of PARTS at once, rounded as the layer rounds its output."""
+    if PARTS == 0:
+        v = tl.load(x, mask=inside, other=0.0).to(tl.float32)
+    else:
+        v = tl.zeros(x.shape, tl.float32)
+        for first in tl.range(0, parts, PARTS):
+            s = first + tl.arange(0, PARTS)[:, None, None]
+            found = tl.load(x[None, :, :] + s * stride_part, mask=(s < parts) & inside[None, :, :], other=0.0)
+            v += tl.sum(found, 0)
+        v = v.to(DTYPE).to(tl.float32)
+    return v
+
+
+@triton.jit
 def move(
-    x, to, inside, norm, cos, sin, d, eps,
-    HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, DTYPE: tl.constexpr,
+    x, to, inside, norm, cos, sin, d, eps, parts, stride_part,
+    HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """Store heads [H, 2 * HALF] at `to`, normalised and rotated on the way, rounded to DTYPE wherever torch rounds."""
-    low = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(x + HALF, mask=inside, other=0.0).to(tl.float32)
+    low = whole(x, inside, parts, stride_part, PARTS, DTYPE)
+    high = whole(x + HALF, inside, parts, stride_part, PARTS, DTYPE)
     half = d < HALF
     if NORM:
         rate = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
@@ -276,9 +291,9 @@ def move(
 def rope_kernel(
     query, key, value, cos, sin, position, query_norm, key_norm, key_cache, value_cache, out,
     heads, groups, stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh, stride_cos, stride_position,
-    stride_key_b, stride_key_h, stride_key_n, stride_value_b, stride_value_h, stride_value_n, eps,
+    stride_key_b, stride_key_h, stride_key_n, stride_value_b, stride_value_h, stride_value_n, eps, parts, stride_part,
     HALF: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr,
-    ROPE: tl.constexpr, PDL: tl.constexpr,
+    ROPE: tl.constexpr, PARTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """HEADS heads of one sequence: of its query, else of its key, else of its value."""
     tile, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -296,17 +311,20 @@ def rope_kernel(
         row = (tile * HEADS + h).to(tl.int64)[:, None]
         x = query + b * stride_qb + row * stride_qh + d[None, :]
         to = out + (b * heads + row) * (2 * HALF) + d[None, :]
-        move(x, to, (row < heads) & half, query_norm, cos, sin, d, eps, HALF, QUERY_NORM, ROPE, DTYPE)
+        inside = (row < heads) & half
+        move(x, to, inside, query_norm, cos, sin, d, eps, parts, stride_part, HALF, QUERY_NORM, ROPE, PARTS, DTYPE)
     elif tile < queries + keys:
         row = ((tile - queries) * HEADS + h).to(tl.int64)[:, None]
         x = key + b * stride_kb + row * stride_kh + d[None, :]
         to = key_cache + b * stride_key_b + row * stride_key_h + place * stride_key_n + d[None, :]
-        move(x, to, (row < groups) & half, key_norm, cos, sin, d, eps, HALF, KEY_NORM, ROPE, DTYPE)
+        inside = (row < groups) & half
+        move(x, to, inside, key_norm, cos, sin, d, eps, parts, stride_part, HALF, KEY_NORM, ROPE, PARTS, DTYPE)
     else:
         row = ((tile - queries - keys) * HEADS + h).to(tl.int64)[:, None]
         x = value + b * stride_vb + row * stride_vh + d[None, :]
         to = value_cache + b * stride_value_b + row * stride_value_h + place * stride_value_n + d[None, :]
-        move(x, to, (row < groups) & half, None, cos, sin, d, eps, HALF, False, False, DTYPE)
+        inside = (row < groups) & half
+        move(x, to, inside, None, cos, sin, d, eps, parts, stride_part, HALF, False, False, PARTS, DTYPE)
 
 
 def rope_cache_write(
@@ -322,16 +340,20 @@ def rope_cache_write(
     key_norm: Tensor | None,
     eps: float,
 ) -> Tensor:
-    (batch, heads, dim), groups = query.shape, key.shape[1]
-    out = torch.empty(batch, heads, dim, dtype=query.dtype, device=query.device)
-    tiles = triton.cdiv(heads, ROPE_HEADS) + 2 * triton.cdiv(groups, ROPE_HEADS)
+    (batch, heads, dim), groups = query.shape[-3:], key.shape[-2]
+    parts = query.shape[0] if query.dim() == 4 else 0
+    together = 1 if parts else ROPE_HEADS  # of parts a program reads many values of a head
+    out = torch.empty(batch, heads, dim, dtype=key_cache.dtype, device=query.device)
+    tiles = triton.cdiv(heads, together) + 2 * triton.cdiv(groups, together)
     run(
         rope_kernel, (tiles, batch),
         query, key, value, cos, sin, position, query_norm, key_norm, key_cache, value_cache, out, heads, groups,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2], 0 if cos is None or len(cos) == 1 else dim,
-        0 if position.numel() == 1 else 1, *key_cache.stride()[:3], *value_cache.stride()[:3], eps,
-        HALF=dim // 2, WIDTH=power_of_2(dim // 2), HEADS=ROPE_HEADS, QUERY_NORM=query_norm is not None,
-        KEY_NORM=key_norm is not None, ROPE=cos is not None, num_warps=4,
+        *query.stride()[-3:-1], *key.stride()[-3:-1], *value.stride()[-3:-1],
+        0 if cos is None or len(cos) == 1 else dim, 0 if position.numel() == 1 else 1,
+        *key_cache.stride()[:3], *value_cache.stride()[:3], eps, parts, query.stride(0) if parts else 0,
+        HALF=dim // 2, WIDTH=power_of_2(dim // 2), HEADS=together, QUERY_NORM=query_norm is not None,
+        KEY_NORM=key_norm is not None, ROPE=cos is not None, PARTS=min(ROPE_PARTS, power_of_2(parts)) if parts else 0,
+        num_warps=4,
         enable_fp_fusion=False,  # else a product and the sum it goes into become one operation, rounded once
     )  # fmt: skip
     return out

@@ -34,6 +34,7 @@ LAUNCH: dict[int, dict[tuple[str, str], Decode]] = {
 MAX_SPLITS = 128
 FUSED_SPLITS = 32  # the last program of a group to finish merges so many splits; more take a second, wider kernel
 ROPE_HEADS = 4  # heads per program of the rotation, one warp each
+ROPE_PARTS = 64  # parts of a head that a program adds at once
 
 
 def regime(pairs: int, group: int, multiprocessors: int) -> tuple[str, str]:

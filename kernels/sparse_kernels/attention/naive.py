@@ -62,7 +62,12 @@ def rope_cache_write(
     key_norm: Tensor | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Write the normalised, rotated key and the value into the caches; the normalised, rotated query [B, Hq, D]."""
+    """Write the normalised, rotated key and the value into the caches; the normalised, rotated query [B, Hq, D].
+
+    query, key and value [parts, B, H, D] are the sums over their parts.
+    """
+    if query.dim() == 4:
+        query, key, value = (x.sum(0).to(key_cache.dtype) for x in (query, key, value))
     batch = torch.arange(len(query), device=query.device)
     place = position.long().expand(len(query))
     key_cache[batch, :, place] = rotate(normalise(key, key_norm, eps), cos, sin)

@@ -101,34 +101,47 @@ def rope_cache_write(
     """Rotate the query and key of one new token per sequence and write key and value into the cache, in one launch.
 
     query: [B, Hq, D], key, value: [B, Hkv, D], 1 <= B <= 64, even D <= 256, contiguous rows and any other strides, such
-    as parts of one projection. cos, sin: contiguous [B, D] or [1, D] in query's dtype, as transformers makes them, for
-    x * cos + rotate_half(x) * sin over all of D; None to leave out the rotation. position: int64 or int32, [B] or [1],
-    at least 0 and less than N: where to write. key_cache, value_cache: [B, Hkv, N, D], written in place, as in
-    `attention_decode`. query_norm, key_norm: [D], weights of an RMSNorm of each head before the rotation, in query's
-    dtype (rounded before the product, as Qwen3 does) or float32 (rounded after it, as Gemma 3 does with 1 + weight);
-    eps is theirs.
+    as parts of one projection; or of all three what `threshold_linear(partial=True)` left of them, [parts, B, H, D],
+    float32 views of one tensor, whose sums, rounded, they then are. cos, sin: contiguous [B, D] or [1, D] in the
+    cache's dtype, as transformers makes them, for x * cos + rotate_half(x) * sin over all of D; None to leave out the
+    rotation. position: int64 or int32, [B] or [1], at least 0 and less than N: where to write. key_cache, value_cache:
+    [B, Hkv, N, D], written in place, as in `attention_decode`. query_norm, key_norm: [D], weights of an RMSNorm of each
+    head before the rotation, in the cache's dtype (rounded before the product, as Qwen3 does) or float32 (rounded after
+    it, as Gemma 3 does with 1 + weight); eps is theirs.
     Returns the rotated query [B, Hq, D]. Products and their sum are rounded to the dtype one by one as transformers'
     apply_rotary_pos_emb rounds them: equal to the bit in half precision, where a norm sums in another order to 1 ulp.
     Raises ValueError outside this domain.
     """
-    require_heads("query", query)
-    batch, heads, dim = query.shape
+    if query.dim() == 4 and len(query) == 1 and query.dtype == key_cache.dtype:  # of a dense product: a result already
+        query, key, value = query[0], key[0], value[0]
+    like = query
+    if query.dim() == 4:
+        parts, like = len(query), key_cache.new_empty(query.shape[1:])
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            fits = x.dtype == torch.float32 and x.dim() == 4 and len(x) == parts and x.stride(0) == query.stride(0)
+            require(fits, "Parts of {} must be float32 views of one tensor, got {} {}.", name, x.dtype, x.shape)
+            require(x.stride(3) == 1, "{} must have contiguous rows, got strides {}.", name, x.stride())
+    require_heads("query", like)
+    batch, heads, dim = like.shape
     require(dim % 2 == 0, "query must have an even number of channels a head, got {}.", dim)
-    require_caches(query, key_cache=key_cache, value_cache=value_cache)
+    require_caches(like, key_cache=key_cache, value_cache=value_cache)
     groups = key_cache.shape[1]
-    require_rows("key", key, query, (batch, groups, dim))
-    require_rows("value", value, query, (batch, groups, dim))
+    for name, x in (("key", key), ("value", value)):
+        if query.dim() == 4:
+            require(x.shape[1:] == (batch, groups, dim), "{} must have {} groups, got {}.", name, groups, x.shape)
+        else:
+            require_rows(name, x, query, (batch, groups, dim))
     require((cos is None) == (sin is None), "cos and sin go together.")
     if cos is not None and sin is not None:
         for name, table in (("cos", cos), ("sin", sin)):
-            require_rows(name, table, query, (1 if table.shape[0] == 1 else batch, dim))
+            require_rows(name, table, like, (1 if table.shape[0] == 1 else batch, dim))
             require(table.is_contiguous(), "{} must be contiguous, got strides {}.", name, table.stride())
         require(cos.shape == sin.shape, "cos and sin must have one shape, got {} and {}.", cos.shape, sin.shape)
     for name, norm in (("query_norm", query_norm), ("key_norm", key_norm)):
         if norm is not None:
-            fits = norm.shape == (dim,) and norm.dtype in (query.dtype, torch.float32) and norm.is_contiguous()
+            fits = norm.shape == (dim,) and norm.dtype in (like.dtype, torch.float32) and norm.is_contiguous()
             got = (norm.dtype, norm.shape)
-            require(fits, "{} must be a contiguous {} or float32 [{}], got {} {}.", name, query.dtype, dim, *got)
+            require(fits, "{} must be a contiguous {} or float32 [{}], got {} {}.", name, like.dtype, dim, *got)
             require(norm.device == query.device, "{} must be on {}, got {}.", name, query.device, norm.device)
     require_integers("position", position, query, ((batch,), (1,)), torch.int64, torch.int32)
     return torch.ops.sparse_kernels.rope_cache_write(
@@ -202,7 +215,7 @@ def _rope_cache_write(
 
 @_rope_cache_write.register_fake
 def _(query, key, value, cos, sin, position, key_cache, value_cache, query_norm, key_norm, eps):
-    return query.new_empty(query.shape)
+    return key_cache.new_empty(query.shape[-3:])
 
 
 @register_flop_formula(torch.ops.sparse_kernels.rope_cache_write)
