@@ -64,9 +64,12 @@ class Projection:
             zeros = [first.new_zeros(width) for width in self.widths]
             self.bias = torch.cat([z if b is None else b.detach() for z, b in zip(zeros, given, strict=True)])
         self.threshold: Tensor | None = None
+        self.segments = self.widths
         if any(layer is not None for layer in self.layers):
             dense = torch.full((1,), DENSE, device=first.device)
             self.threshold = torch.cat([dense if layer is None else layer.threshold for layer in self.layers])
+            if len(self.threshold.unique()) == 1:  # one selection serves all of them
+                self.threshold, self.segments = self.threshold[:1], [sum(self.widths)]
         known = [1.0 if layer is None else layer.density for layer in self.layers]
         self.density: float | None = None if None in known else max(known)
         self.shared = [linear.weight for linear in linears] if share else []
@@ -82,10 +85,10 @@ class Projection:
         """(output or its parts, stats); also leaves with each sparse layer how many channels it read."""
         options.setdefault("bias", None if options.get("partial") else self.bias)
         options["density"] = self.density
-        y, counts, stats = threshold_linear(x, self.weight_t, self.threshold, self.widths, **options)
+        y, counts, stats = threshold_linear(x, self.weight_t, self.threshold, self.segments, **options)
         for segment, layer in enumerate(self.layers):
             if layer is not None:
-                layer.count = counts[segment] if counts.numel() else None
+                layer.count = counts[segment % len(counts)] if counts.numel() else None
         return y, stats
 
 

@@ -115,6 +115,22 @@ def test_selections_are_those_of_the_method(kind, name):
     assert name == "null" or not torch.allclose(found, decode(model, prompt, 6)[0], atol=1e-2)
 
 
+def test_layers_of_one_threshold_select_once():
+    """q, k and v of null; where one of them differs, each has a selection of its own. All count what they read."""
+    model, prompt = llama(), windows(1, 9)
+    artifact = next(iter(create("null", {}).prepare(model, data(), [None])))
+    with sparsify(model, artifact) as handle:
+        together, apart = [], []
+        for found in (together, apart):
+            with runtime(model, handle) as blocks:
+                found.append([len(blocks[0].qkv.segments), len(blocks[0].up.segments)])
+                found.append(decode(model, prompt, 6, handle)[0])
+                found.append([int(layer.count.sum()) for layer in handle.layers()])
+            handle.layers()[0].threshold.fill_(1e-30)
+        assert together[0] == [1, 1] and apart[0] == [3, 1]
+        assert torch.equal(together[1], apart[1]) and together[2] == apart[2] == [x.units for x in handle.layers()]
+
+
 @pytest.mark.parametrize("name", ["teal", "lte", "null"])
 def test_selections_in_blocks_of_four_norms(name):
     model, prompt = gemma2(), windows(2, 9)
