@@ -99,7 +99,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quick", action="store_true", help=f"a first look: {QUICK_LIMIT} items per task")
     add("--limit", type=int, metavar="N", help=f"items per task (default: {LIMIT})")
     add("--no-latency", action="store_true", help="quality and cost only, so that runs can share a GPU")
-    add("--workers", type=int, default=1, metavar="N", help="processes that share it, with --no-latency (default: 1)")
+    add("--workers", type=int, default=1, metavar="N", help="processes that share the device (default: 1)")
     add("--seed", default="0", metavar="LIST", help="of every random choice (default: 0)")
     add("--dry-run", action="store_true", help="print the cells and what they would cost, and stop")
     add("--force", action="store_true", help="measure cells again that are done")

@@ -302,8 +302,8 @@ class ExpertFFN(SparseLayer):
         return self.selector is not None and self.selector.fast and super().fast(x)
 
     def routed(self, x: Tensor) -> bool:
-        """True where the kernels serve a prompt: more rows than a step has, all of them sparse, nobody counting."""
-        whole = x.is_cuda and self.phase.active is True and not self.meter.enabled
+        """True where the kernels serve a prompt: all of it sparse, nobody counting or about to ask for gradients."""
+        whole = x.is_cuda and self.phase.active is True and not self.meter.enabled and not torch.is_grad_enabled()
         return whole and self.selector is not None and self.selector.fast and self.size >= ROUTED
 
     def hidden(self, x: Tensor) -> Tensor:
