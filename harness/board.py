@@ -110,25 +110,24 @@ def page(sets: Mapping[str, Iterable[Group]]) -> str:
 
 
 def excerpt(sets: Mapping[str, Iterable[Group]], link: str) -> str:
-    """One table per kind of GPU, for a README: every method's speed-up on every model, at the smallest decode setting.
+    """One table per kind of GPU, for a README: every method's speed-up on every model and in every decode setting.
 
     Of a method stands its fastest cell within the widest budget; where none is, the one that loses least, and with
     random weights the one nearest to half density. `link` leads from there to the folder of the sets.
     """
     places: dict[str, list[Group]] = {}
     for section in sections(sets):
-        table = section.groups[0]
-        if not table.on_cpu and any(row.speedup for row in table.rows):
-            places.setdefault(place_of(table.rows[0].record), []).append(table)
+        for table in section.groups:
+            if not table.on_cpu and any(row.speedup for row in table.rows):
+                places.setdefault(place_of(table.rows[0].record), []).append(table)
     parts = []
     for place, tables in places.items():
         timed = [row for table in tables for row in table.rows if row.speedup]  # not where quality alone was measured
-        methods = sorted({row.method for row in timed} - set(BASELINES))
-        titles = ["method", *(f"{t.setting['model']} ({t.setting['weights']}), {t.where}" for t in tables)]
-        body = [[name, *(_headline(table, name) for table in tables)] for name in ("null", *methods)]
+        methods = ["null", *sorted({row.method for row in timed} - set(BASELINES))]
+        body = [[table.title, *(_headline(table, name) for name in methods)] for table in tables]
         lines = machines(timed)
         others = f", and {len(lines) - 1} like it" if len(lines) > 1 else ""
-        parts += [f"**{place}: speed-up over the fastest dense runner**", github(titles, body)]
+        parts += [f"**{place}: speed-up over the fastest dense runner**", github(["model, mode", *methods], body)]
         parts.append(f"Machine{others}: {lines[-1]}")
     return "\n\n".join([*parts, f"All cells, with intervals: [LEADERBOARD.md]({link}/LEADERBOARD.md)."])
 

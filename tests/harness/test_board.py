@@ -7,6 +7,7 @@ import pytest
 
 from harness import board, report, rows
 from harness.rows import Rank
+from harness.tables import NONE
 from methods.errors import UsageError
 from tests.harness.fabricated import FULL, GPU, record, synthetic, write
 
@@ -121,14 +122,14 @@ def test_readme_holds_a_headline_per_method_and_gpu(tmp_path: Path) -> None:
     report.build(tmp_path / "results", readme)
     text = readme.read_text()
     lines = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    assert lines[0][1:] == [
-        "reference (reference), decode, batch 1, context 384", "reference (synthetic), decode, batch 1, context 384",
-    ]  # fmt: skip
+    assert lines[0][1:] == ["null", "lte", "teal"]
     assert {line[0]: line[1:] for line in lines[2:]} == {
-        "null": ["1.00 (same)", "–"],
-        "lte": ["1.43 at 0.7 (faster, 1.3 % lost)", "–"],  # 0.5 is faster, but over the budget
-        "teal": ["1.25 at 0.8 (faster, 0.4 % lost)", "2.00 at 0.5 (faster)"],
-    }
+        "reference (reference weights), decode, batch 1, context 384": [
+            "1.00 (same)", "1.43 at 0.7 (faster, 1.3 % lost)", "1.25 at 0.8 (faster, 0.4 % lost)",
+        ],  # lte at 0.5 is faster, but over the budget
+        "reference (reference weights), decode, batch 8, context 384": [NONE, NONE, "1.11 at 0.9 (faster)"],
+        "reference (synthetic weights), decode, batch 1, context 384": [NONE, NONE, "2.00 at 0.5 (faster)"],
+    }  # fmt: skip
     assert "**Test GPU: speed-up" in text and "(results/LEADERBOARD.md)" in text and "(results/CLAIMS.md)" in text
     assert text.endswith(f"{report.BEGIN}\nother\n{report.END}\n")
     assert report.check(tmp_path / "results", readme) == 0
