@@ -287,12 +287,10 @@ def estimate(cell: Cell) -> dict[str, Any]:
     """Columns for `--dry-run`: cost per decoded token at the target density, from the architecture alone."""
     from transformers import AutoModelForCausalLM
 
-    from methods.registry import info
-
     configuration = models.config(models.resolve(cell.model))
     with torch.device("meta"):
         shape = cost.Shape.of(AutoModelForCausalLM.from_config(configuration, dtype=getattr(torch, cell.dtype)))
-    sites = set(info(cell.method).sites)
+    sites = set(create(cell.method, cell.options).skips(configuration))
     sites |= {"gate", "up", "down"} if "ffn" in sites else set()
     sites |= {"o", "attention"} if "heads" in sites else set()
     density = 1.0 if cell.density is None else cell.density

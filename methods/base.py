@@ -96,6 +96,10 @@ class Method:
         """One sentence when the method cannot serve a model with this transformers config, else None."""
         return None
 
+    def skips(self, config: Any) -> tuple[str, ...]:
+        """Of its sites, or of the linear layers in them, those where it skips something of a model with this config."""
+        return self.sites
+
     def unreachable(self, config: Any, density: float) -> str | None:
         """One sentence when a model with this config cannot have this density, else None."""
         return None

@@ -100,6 +100,9 @@ class D2dmoe(Method):
             return f"d2dmoe:projections=true is for blocks as Llama's or OPT's, not those of {config.model_type}."
         return why_no_experts(self.name, config, self.options.expert_size)
 
+    def skips(self, config: Any) -> tuple[str, ...]:
+        return (*self.sites, "q", "k", "v", "o") if self.options.projections else self.sites
+
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:

@@ -112,6 +112,9 @@ class Dejavu(Method):
             return None
         return no_groups(self.name, density, heads_of(config)[1])
 
+    def skips(self, config: Any) -> tuple[str, ...]:
+        return self._parts()
+
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:

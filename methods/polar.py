@@ -97,6 +97,10 @@ class Polar(Method):
             return f"polar:ffn=sparse needs a model with ReLU, this one has {activation_of(config)}: choose ffn=auto."
         return None
 
+    def skips(self, config: Any) -> tuple[str, ...]:
+        """How many neurons run follows from the recall, and not from the density."""
+        return ("heads",)
+
     def unreachable(self, config: Any, density: float) -> str | None:
         from .families import heads_of, no_groups
 

@@ -84,6 +84,13 @@ class Spark(Method):
             )
         return None
 
+    def skips(self, config: Any) -> tuple[str, ...]:
+        """The gate decides, and is dense; how many tokens a Spark Transformer attends to is not the density's."""
+        from .families import layout_of
+
+        alone = self._variant(config) == "output" or "gate" not in layout_of(config).linears
+        return ("down",) if alone else ("up", "down")
+
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:

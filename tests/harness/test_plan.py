@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from harness import plan, workers
+from harness import plan, session, workers
 from harness.plan import Cell
 from methods import families
 from methods.errors import UsageError
@@ -162,6 +162,30 @@ def test_cell_survives_json() -> None:
     cell = cells()[0]
     assert json.loads(json.dumps(cell.to_dict())) == cell.to_dict()
     assert hash(cell) == hash(dataclasses.replace(cell))
+
+
+@pytest.mark.parametrize(
+    "method, skipped",
+    [
+        ("lte", {"gate", "up", "down"}),
+        ("polar", {"o"}),
+        ("dejavu:parts=ffn", {"gate", "up", "down"}),
+        ("dejavu:parts=heads", {"o"}),
+        ("spark", {"up", "down"}),
+        ("spark:variant=output", {"down"}),
+        ("d2dmoe:projections=true", {"q", "k", "v", "o", "gate", "up", "down"}),
+        ("teal", {"q", "k", "v", "o", "gate", "up", "down"}),
+    ],
+)
+def test_estimates_count_what_options_and_model_let_a_method_skip(method: str, skipped: set[str]) -> None:
+    options = ["--weights", "synthetic", "--model", "llama2-7b", "--dtype", "bf16", "--context", "1"]
+    parser = argparse.ArgumentParser()
+    plan.add_run_arguments(parser)
+    dense, _, cell = plan.build_plan(parser.parse_args(["--methods", method, "--density", "0.5", *options]))
+    weights = {**dict.fromkeys("qkvo", 4096 * 4096), **dict.fromkeys(("gate", "up", "down"), 4096 * 11008)}
+    whole, found = (float(session.estimate(c)["MB/token"]) for c in (dense, cell))
+    saved = sum(weights[name] for name in skipped) * 32 * 2 * 0.5 / 1e6
+    assert whole - found == pytest.approx(saved, abs=1)
 
 
 def test_describe_shows_cells_and_estimates() -> None:
