@@ -83,14 +83,14 @@ def test_what_a_prompt_is_routed_for(monkeypatch):
     cuda = torch.empty(1, 70, WIDTH, device="meta")
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: self.device.type == "meta"))
     assert not layer.routed(cuda)  # gradients may be asked for: the kernels have none
-    monkeypatch.setattr(torch, "is_grad_enabled", lambda: False)
-    assert layer.routed(cuda) and not layer.routed(x)
-    with layer.meter.on():
+    with torch.no_grad():
+        assert layer.routed(cuda) and not layer.routed(x)
+        with layer.meter.on():
+            assert not layer.routed(cuda)
+        layer.phase.active = torch.ones(1, 70, dtype=torch.bool)
         assert not layer.routed(cuda)
-    layer.phase.active = torch.ones(1, 70, dtype=torch.bool)
-    assert not layer.routed(cuda)
-    assert not ffn(Oracle(UNITS, lambda h: h.abs().sum(-1), "threshold", 0.3)).routed(cuda)
-    assert not ffn(router("lte", units=UNITS * SIZE)).routed(cuda)
+        assert not ffn(Oracle(UNITS, lambda h: h.abs().sum(-1), "threshold", 0.3)).routed(cuda)
+        assert not ffn(router("lte", units=UNITS * SIZE)).routed(cuda)
 
 
 @pytest.mark.parametrize("kind", KINDS)
