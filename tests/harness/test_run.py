@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harness import cli, fidelity, latency, store
+from harness import cli, fidelity, latency, store, workers
 from harness.plan import add_run_arguments, build_plan
 from harness.run import measure
 
@@ -119,14 +120,16 @@ def test_a_resumed_cell_equals_an_uninterrupted_one(model: str, tmp_path: Path) 
 def test_processes_share_the_cells_without_latency(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In other processes and another order, the same numbers; and what is missing is done by the same command."""
+    """In other processes and another order, the same numbers."""
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     more = ["--no-latency", "--tasks", "none", "--seed", "0,1", "--density", "0.5"]
-    assert cli.main(command(model, alone, *more)) == 0
-    assert cli.main(command(model, shared, *more, "--workers", "2")) == 0
-    assert "[8/8]" in capsys.readouterr().err
+    for out, number in ((alone, "1"), (shared, "2")):
+        arguments = command(model, out, *more, "--workers", number)
+        arguments[4] = "teal:allocation=uniform"
+        assert cli.main(arguments) == 0
+    assert "[6/6]" in capsys.readouterr().err
     expected, found = ({r["key"]: r for r in store.load(out)} for out in (alone, shared))
-    assert found.keys() == expected.keys() and len(found) == 8
+    assert found.keys() == expected.keys() and len(found) == 6
     assert {r["cell"]["seed"] for r in found.values()} == {0, 1}
     for key, record in found.items():
         assert record["status"] == "ok" and not record["latency"]
@@ -134,15 +137,18 @@ def test_processes_share_the_cells_without_latency(
     assert (shared / "LEADERBOARD.md").is_file()
 
 
-def test_a_process_tells_which_cells_failed(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_process_tells_which_cells_failed(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACTIVATION_SPARSITY_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").write_text("where a folder should be: nothing can be prepared")
-    arguments = command(model, tmp_path / "out", "--no-latency", "--tasks", "none", "--workers", "2")
+    parser = argparse.ArgumentParser()
+    add_run_arguments(parser)
+    arguments = command(model, tmp_path / "out", "--no-latency", "--tasks", "none")
     arguments[4] = "teal:allocation=uniform"
-    assert cli.main(arguments) == 1
-    assert capsys.readouterr().err.count("failed: NotADirectoryError") == 2
+    cells = build_plan(parser.parse_args(arguments[1:]))
+    threads = torch.get_num_threads()
+    lost = workers._work(cells, str(tmp_path / "out"), "source", "here", threads)
+    assert [text.split(" on ")[0] for text in lost] == [f"teal:allocation=uniform {d}" for d in (0.7, 0.5)]
+    assert all("failed: NotADirectoryError" in text for text in lost)
     status = {name: record["status"] for name, record in by_method(tmp_path / "out").items()}
     assert status == {"dense None": "ok", "null None": "ok", "teal 0.7": "failed", "teal 0.5": "failed"}
 
