@@ -12,7 +12,9 @@ from typing import Any
 from methods.errors import UsageError
 
 from . import machine, store
-from .rows import BASELINES, BUDGETS, SHARED, Group, Row, combine, doubts_of, group, rank
+from .doubts import doubts_of
+from .plan import BASELINES
+from .rows import BUDGETS, SHARED, Group, Row, combine, group, rank
 from .tables import (
     NONE,
     Column,

@@ -12,7 +12,8 @@ from typing import Any
 from methods.errors import UsageError
 
 from . import machine, stats, store
-from .rows import SETTING, Row, disturbances, is_share
+from .doubts import disturbances
+from .rows import SETTING, Row, is_share
 from .store import Record
 from .tables import NONE, Column, interval, number, terminal
 

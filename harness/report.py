@@ -12,8 +12,9 @@ from typing import Any
 from methods.errors import UsageError
 
 from . import board, claims, machine, orderings, store
+from .doubts import doubts_of
 from .grids import grids
-from .rows import BUDGETS, Group, doubts_of, group
+from .rows import BUDGETS, Group, group
 from .store import Record
 from .tables import (
     breakdown_columns,

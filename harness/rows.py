@@ -13,9 +13,9 @@ from methods.base import CONTROLS
 
 from . import stats
 from .machine import kind
+from .plan import BASELINES
 from .store import Record, place
 
-BASELINES = ("dense", "null")
 BUDGETS = (1.0, 3.0)  # per cent of accuracy that a cell may lose; only cells within the last one are ranked
 # A table's rows agree in these; with `seed`, which rows of one cell may differ in, it is the whole setting of a cell.
 SHARED = ("model", "weights", "mode", "batch", "context", "corpus", "tasks", "limit", "device", "dtype")
@@ -267,38 +267,6 @@ class Group:
     @property
     def task_names(self) -> list[str]:
         return list(dict.fromkeys(task for row in self.rows for task in row.part("accuracy")))
-
-
-def disturbances(record: Record) -> list[str]:
-    """What disturbed the GPU, as seen around every timed round and at the end; nothing where nothing was timed."""
-    if not record["cell"].get("timed", True):
-        return []
-    seen = [record["machine"].get("gpu") or {}, (record.get("latency") or {}).get("watch") or {}]
-    found = []
-    if any(isinstance(gpu.get("throttle"), list) and gpu["throttle"] for gpu in seen):
-        found.append("the GPU throttled its clocks")
-    if any(isinstance(gpu.get("processes"), int) and gpu["processes"] for gpu in seen):
-        found.append("other processes used the GPU")
-    return found
-
-
-def doubts_of(rows: Iterable[Row]) -> list[str]:
-    """What casts doubt on the numbers of rows that stand together."""
-    rows = [one for row in rows for one in row.repeats or [row]]
-    records = [row.record for row in rows]
-    doubts = [text for record in records for text in disturbances(record)]
-    timed = {r["machine"].get("identity") for r in records if r["cell"].get("timed", True)}
-    if len(timed) > 1 or len({kind(r["machine"]) for r in records}) > 1:
-        doubts.append("not all rows come from the same machine or the same versions")
-    if any((r.get("git") or {}).get("dirty") and r["git"].get("commit") for r in records):
-        doubts.append("some rows come from a tree with uncommitted changes")
-    if len({r.get("source") for r in records}) > 1:
-        doubts.append("not all rows come from the same source code")
-    doubts += sorted({note for row in rows for note in row.part("latency").get("notes") or ()})
-    for row in rows:
-        warnings = (row.part("artifact").get("manifest") or {}).get("warnings") or ()
-        doubts += [f"{row.label}, {text}" for text in warnings]
-    return list(dict.fromkeys(doubts))
 
 
 def is_share(task: dict[str, Any]) -> bool:

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from harness import rows, store
+from harness import plan, store
 
 GPU = {
     "name": "Test GPU",
@@ -24,7 +24,7 @@ def record(method: str = "dense", density: float | None = None, **changes: Any) 
     """A record as `run` writes it: a method that keeps `density` costs as much less, and answers a little worse."""
     keep = 1.0 if density is None else density
     rng, items = random.Random(0), 100
-    harm = 0.0 if method in rows.BASELINES else (1 - keep) ** 3
+    harm = 0.0 if method in plan.BASELINES else (1 - keep) ** 3
     answers = {t: [float(rng.random() < 0.6 - 0 * harm) for _ in range(items)] for t in TASKS}
     for scores in answers.values():
         for index in range(round(harm * 20)):
@@ -94,7 +94,7 @@ def record(method: str = "dense", density: float | None = None, **changes: Any) 
             "verdict": "faster" if keep < 1 else "same",
             "fraction_of_limit": 0.7,
         },
-        "prepare": None if method in rows.BASELINES else {"seconds": 61.2, "tokens": 1_310_720, "device": "cuda"},
+        "prepare": None if method in plan.BASELINES else {"seconds": 61.2, "tokens": 1_310_720, "device": "cuda"},
     }
     for name, value in changes.items():
         if name in built["cell"]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from harness import grids, plots, report, rows, store, tables
+from harness.doubts import doubts_of
 from methods.errors import UsageError
 from tests.harness.fabricated import FULL, GPU, record, synthetic, write
 
@@ -189,7 +190,7 @@ def test_cells_without_latency_share_a_table_with_those_of_other_units_of_the_sa
     assert len(store.latest([cells[0], there[0]])) == 1
     (found,) = rows.group([cells[0], there[1]])
     assert [row.method for row in found.rows] == ["dense", "teal"] and found.rows[1].dense == cells[0]
-    assert "of this kind" in report.page([found]) and not rows.doubts_of(found.rows)
+    assert "of this kind" in report.page([found]) and not doubts_of(found.rows)
     other_gpu, other_torch = elsewhere(cells[1], "o", name="Other GPU"), elsewhere(cells[1], "v")
     other_torch["machine"]["torch"] = "2.12"
     assert len(rows.group([*cells, other_gpu, other_torch])) == 3
