@@ -128,7 +128,12 @@ def test_layers_of_one_threshold_select_once():
                 found.append([int(layer.count.sum()) for layer in handle.layers()])
             handle.layers()[0].threshold.fill_(1e-30)
         assert together[0] == [1, 1] and apart[0] == [3, 1]
-        assert torch.equal(together[1], apart[1]) and together[2] == apart[2] == [x.units for x in handle.layers()]
+        units = [layer.units for layer in handle.layers()]
+        assert torch.equal(together[1], apart[1]) and together[2] == apart[2] == units
+        handle.layers()[1].threshold.fill_(torch.inf)
+        with runtime(model, handle):
+            decode(model, prompt, 6, handle)
+            assert [int(layer.count.sum()) for layer in handle.layers()] == [units[0], 0, *units[2:]]
 
 
 @pytest.mark.parametrize("name", ["teal", "lte", "null"])
