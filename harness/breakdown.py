@@ -19,6 +19,7 @@ KERNELS = {
     "fill_kernel": "selection",
     "linear_kernel": "linears",
     "masked_kernel": "linears",
+    "rows_kernel": "linears",
     "combine_kernel": "linears",
     "group_kernel": "selection",
     "union_kernel": "selection",

@@ -16,9 +16,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from sparse_kernels import add_parts, attention_decode, residual_norm, rope_cache_write, row_stats, threshold_linear
+from sparse_kernels import (
+    add_parts,
+    attention_decode,
+    neuron_ffn,
+    residual_norm,
+    rope_cache_write,
+    row_stats,
+    threshold_linear,
+)  # fmt: skip
 from sparse_kernels.heads import SelectiveHeads
 from sparse_kernels.layers import FAST_ROWS, ExpertFFN, SparseLayer, SparseLinear
+from sparse_kernels.neuron_ffn.launch import takes_rows
 
 from .errors import UsageError
 from .families import activation_of, layout_of
@@ -44,19 +53,22 @@ class Step:
 
 
 class Projection:
-    """Linear layers side by side, transposed, with a threshold each; None for all of them if none is sparse.
+    """Linear layers side by side, with a threshold each; None for all of them if none is sparse.
 
+    The weights are stored transposed, by input channel, if one is sparse or `by_channel`; else by output, as they were.
     share: the layers' own weights become views of that one matrix, until `restore`.
     """
 
-    def __init__(self, modules: list[nn.Module], share: bool) -> None:
+    def __init__(self, modules: list[nn.Module], share: bool, by_channel: bool = False) -> None:
         linears: list[Any] = [getattr(m, "linear", m) for m in modules]
         self.layers: list[Any] = [m if getattr(m, "threshold", None) is not None else None for m in modules]
         for module in modules:
             if isinstance(module, SparseLinear):  # its own transposed copy would be a second one
                 module.release()
         self.widths = [linear.out_features for linear in linears]
-        self.weight_t = torch.cat([linear.weight.detach() for linear in linears]).t().contiguous()
+        self.weight_t = torch.cat([linear.weight.detach() for linear in linears]).t()  # no copy of a single one
+        if by_channel or any(layer is not None for layer in self.layers):
+            self.weight_t = self.weight_t.contiguous()
         given = [linear.bias for linear in linears]
         first = self.weight_t
         self.bias = None
@@ -79,7 +91,7 @@ class Projection:
     def restore(self) -> None:
         """Gives shared weights a storage of their own again, with the same bits."""
         for weight in self.shared:
-            weight.data = weight.data.contiguous()
+            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
 
     def __call__(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """(output or its parts, stats); also leaves with each sparse layer how many channels it read."""
@@ -152,9 +164,10 @@ class FastBlock:
         else:
             names = [name for name in ("gate", "up", "down") if name in layout.linears]
             *before, down = leader.linears().values() if whole else (find(layout.linears[name]) for name in names)
-            self.up, self.down = Projection(before, share), Projection([down], share)
+            self.up, self.down = Projection(before, share), Projection([down], share, by_channel=True)
             self.activation = leader.activation if whole else activation_of(model.config)
             self.gated = len(before) == 2
+            self.dense = self.up.threshold is None and self.down.threshold is None
 
     def restore(self) -> None:
         """Puts the module's own forward and weights back."""
@@ -210,19 +223,22 @@ class FastBlock:
         if self.heads is not None and lists is None:
             mixed = self.heads.kept(mixed)
 
-        if self.ffn is None and not self.after:
+        if self.ffn is None and not self.after and not self._whole(h):
             h, stats = self.o(mixed, residual=h, with_stats=True)
             self._tell("mlp_in", h)
             x, _ = self.up(h, partial=self.up.bias is None, **self.second.options(stats))
             h, stats = self.down(x, activation=self.activation, gated=self.gated, residual=h, with_stats=True)
         else:
-            mixed, _ = self.o(mixed)
+            # The norm adds a sum in one part; of more parts it would have one program read them all.
+            alone = batch == 1 and self.o.threshold is None and self.o.bias is None and not self.after
+            mixed, _ = self.o(mixed, partial=alone)
+            mixed = mixed[0] if alone and mixed.dtype == h.dtype else mixed
             mixed = self.after[0](mixed) if self.after else mixed
             h, x = residual_norm(mixed, h, self.second.weight, self.second.bias, self.second.eps, self.second.kind)
             self._tell("mlp_in", h)
-            parts = self.ffn.parts(x) if isinstance(self.ffn, ExpertFFN) and not self.after else None
+            parts, constant = (None, None) if self.after else self._parts(x)
             if parts is not None:
-                h, stats = add_parts(parts, h, self.ffn.constant)
+                h, stats = add_parts(parts, h, constant)
             else:
                 y = self._feed(x)
                 h = h + (self.after[1](y) if self.after else y)
@@ -232,10 +248,30 @@ class FastBlock:
         step.hidden, step.stats = h[:, None], stats
         return step.hidden
 
+    def _whole(self, x: Tensor) -> bool:
+        """Whether all of the FFN is read, for one token: then one kernel runs it, neuron by neuron."""
+        return self.ffn is None and self.dense and takes_rows(x, self.down.weight_t)
+
+    def _neurons(self, x: Tensor, bias: Tensor | None, partial: bool) -> Tensor:
+        """`neuron_ffn` of a whole FFN."""
+        *gate, up = self.up.weight_t.t().split(self.up.widths)
+        *gate_bias, up_bias = (None, None) if self.up.bias is None else self.up.bias.split(self.up.widths)
+        first, first_bias = (gate[0], gate_bias[0]) if self.gated else (None, None)
+        options: Any = dict(gate_bias=first_bias, up_bias=up_bias, down_bias=bias, partial=partial)
+        return neuron_ffn(x, first, up, self.down.weight_t, None, None, self.activation, **options)
+
+    def _parts(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Parts of the FFN of the normed x [B, d] and a constant to add to their sum; None where it leaves no parts."""
+        if isinstance(self.ffn, ExpertFFN):
+            return self.ffn.parts(x), self.ffn.constant
+        return (self._neurons(x, None, True)[:, None], self.down.bias) if self._whole(x) else (None, None)
+
     def _feed(self, x: Tensor) -> Tensor:
         """The FFN of the normed x [B, d], without the residual."""
         if self.ffn is not None:
             return self.ffn(x[:, None])[:, 0]
+        if self._whole(x):
+            return self._neurons(x, self.down.bias, False)
         x, _ = self.up(x, partial=self.up.bias is None)
         return self.down(x, activation=self.activation, gated=self.gated)[0]
 

@@ -15,6 +15,7 @@ from sparse_kernels.input_linear.cost import linear_bytes
 from .case import BATCHES, DENSITIES, Case, Copy, Draw, Shape, double
 
 BATCHED = "llama2-7b"  # the shapes that are also timed in batches, and in both forms
+STORED = "stored by output"  # weights that are read whole, as a dense model has them
 
 
 def cases(shape: Shape) -> Iterator[Case]:
@@ -25,6 +26,7 @@ def cases(shape: Shape) -> Iterator[Case]:
         ("input_linear", None, plain),
         ("threshold_linear", "auto", plain),
         *(("threshold_linear", form, settings) for form, settings in forms.items()),
+        ("threshold_linear", STORED, [(1, 1.0, f", {STORED}")]),
     ):
         for batch, density, note in settings:
             for name in shape.linears():
@@ -33,20 +35,21 @@ def cases(shape: Shape) -> Iterator[Case]:
 
 
 def _build(select: str | None, shape: Shape, name: str, batch: int, density: float, draw: Draw) -> Copy:
-    """With a list that is given (select None), or that the operator makes itself."""
+    """With a list that is given (select None), one that the operator makes itself, or all of what is STORED."""
     channels, widths = shape.linears()[name]
     outputs = sum(widths)
     mask = draw.mask(batch, channels, density)
     x, threshold = draw.values(mask), draw.one()
     weight, bias = draw.weight(outputs, channels), draw.normal(outputs) if shape.biased else None
-    weight_t = weight.t().contiguous()
+    weight_t = weight.t() if select == STORED else weight.t().contiguous()
     index, count = draw.union(mask)
     limits = None if density == 1 else threshold.repeat(len(widths))
 
     def run() -> Tensor:
         if select is None:
             return input_linear(x, weight_t, index, count, threshold if batch > 1 else None, bias)
-        return threshold_linear(x, weight_t, limits, widths, select=select, bias=bias, density=density)[0]
+        form = "auto" if select == STORED else select
+        return threshold_linear(x, weight_t, limits, widths, select=form, bias=bias, density=density)[0]
 
     def reference() -> Tensor:
         return naive.input_linear(x.double(), weight_t.double(), index, count, threshold, double(bias))

@@ -120,13 +120,13 @@ def page(folder: Path) -> str:
 
 
 def sums(records: Sequence[Record]) -> list[str]:
-    """The input-sparse linears of a layer together, where all of them have a time."""
+    """The linears of a layer together at batch 1, in each form, where all of them have a time."""
     layers: dict[tuple[str, str, str], list[Record]] = {}
     for record in records:
         shapes, _, linear = record["case"].partition(" ")
-        plain = record["batch"] == 1 and "," not in linear
-        if record["op"] in ("input_linear", "threshold_linear") and plain:
-            layers.setdefault((record["op"], shapes, f"{record['density']:.2g}"), []).append(record)
+        if record["op"] in ("input_linear", "threshold_linear") and record["batch"] == 1:
+            _, comma, form = linear.partition(",")
+            layers.setdefault((record["op"] + comma + form, shapes, f"{record['density']:.2g}"), []).append(record)
     body = []
     for layer, linears in layers.items():
         if all(record["time_us"] and record["baseline_us"] for record in linears):

@@ -36,6 +36,14 @@ def activate(v, NAME: tl.constexpr):
 
 
 @triton.jit
+def load_rows(weight, stride, f, live, D: tl.constexpr, WIDTH: tl.constexpr):
+    """Rows f [n] of a weight matrix [F, D]: [n, WIDTH], zero beyond D and where not live."""
+    d = tl.arange(0, WIDTH)
+    inside = live[:, None] & (d < D)[None, :]
+    return tl.load(weight + f[:, None] * stride + d[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def last_to_arrive(semaphore, arrivals):
     """True in the last of `arrivals` programs to call this; what the others stored before is then visible to it.
 

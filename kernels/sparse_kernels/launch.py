@@ -32,6 +32,31 @@ class Launch:
     programs: int
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How a kernel that takes whole rows of weights is launched.
+
+    rows, warps: neurons per step and warps per program where a row has 8 KiB; fewer neurons where rows are longer, and
+    warps in proportion to the row.
+    stages: depth of the software pipeline; 1 loads the next step's rows into registers before this step is computed.
+    programs: programs per multiprocessor.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+    programs: int
+
+    def fit(self, width: int, itemsize: int) -> tuple[int, int]:
+        """Rows and warps for rows of `width` elements."""
+        size = power_of_2(width) * itemsize
+        return max(1, self.rows * 8192 // max(8192, size)), max(1, min(16, self.warps * size // 8192))
+
+    def count(self, neurons: int, device: torch.device) -> int:
+        """Programs of the fixed grid."""
+        return min(self.programs * multiprocessors(device), neurons)
+
+
 def padded_batch(batch: int) -> int:
     """1 stays 1 (multiply and sum); more rows fill 16, 32 or 64 rows of a matrix-unit tile."""
     return 1 if batch == 1 else max(16, power_of_2(batch))

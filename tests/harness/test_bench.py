@@ -187,6 +187,9 @@ def test_the_page_sums_the_linears_of_a_layer() -> None:
         "input_linear", "m", "0.5", "16.0", "8.00", "50 %", "40.0", "2.50",
     ]  # fmt: skip
     assert not results.sums([linear("qkv", 6.0), linear("down", None)])
+    apart = results.sums([linear("qkv", 6.0), linear("qkv, list", 7.0), linear("down, list", 8.0)])[0].splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in apart[2:]]
+    assert [(c[0], c[3]) for c in cells] == [("input_linear", "6.00"), ("input_linear, list", "15.0")]
 
 
 def test_check_sees_drift_and_rebuild_mends_it(tmp_path: Path, capsys: Capture) -> None:

@@ -116,6 +116,9 @@ def compile_linear() -> None:
             linear.linear(h, qkv, "threshold", [4096] * 3, threshold=limits, **normed)
             if batch == 1:  # more rows with all channels are dense
                 linear.linear(h, gate_up, "all", [22016], **normed)
+                linear.rows(h, qkv.view(12288, 4096).t(), **normed)
+                linear.rows(wide, down.view(4096, 11008).t(), activation="silu", gated=True)
+                linear.rows(h[None].float(), qkv[:, :4096].reshape(4096, 4096).t(), stats=None)
                 linear.masked(h, qkv, [4096] * 3, threshold=limits, **normed)
                 for threshold in (None, limits[:1]):
                     linear.masked(h, qkv[:, :4096], [4096], threshold=threshold)
@@ -128,8 +131,9 @@ def compile_linear() -> None:
             linear.combine(parts, norm, h, True, dtype)
             linear.dense(wide, down[:, :16], [16], **gated)
     h = torch.empty(1, 4096)
-    linear.linear(h, torch.empty(4096, 12288), "threshold", [12288], threshold=limits[:1], norm="layer", eps=1e-5,
-                  norm_weight=h[0], norm_bias=h[0], center=h[0], stats=linear.row_stats(h))  # fmt: skip
+    layer = dict(norm="layer", eps=1e-5, norm_weight=h[0], norm_bias=h[0], center=h[0], stats=linear.row_stats(h))
+    linear.linear(h, torch.empty(4096, 12288), "threshold", [12288], threshold=limits[:1], **layer)
+    linear.rows(h, torch.empty(12288, 4096).t(), **layer)
 
 
 def compile_selection(one: torch.Tensor) -> None:

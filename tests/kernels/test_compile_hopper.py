@@ -62,7 +62,9 @@ def test_weights_without_a_list_load_sixteen_bytes_at_a_time(launches):
     assert len(found) >= 8 and all(r["wide_loads"] >= 32 for r in found)
 
 
-@pytest.mark.parametrize("kernel", ["fused_kernel", "first_kernel", "routed_hidden_kernel", "routed_down_kernel"])
+@pytest.mark.parametrize(
+    "kernel", ["rows_kernel", "fused_kernel", "first_kernel", "routed_hidden_kernel", "routed_down_kernel"]
+)
 def test_neurons_load_sixteen_bytes_at_a_time(launches, kernel):
     found = [r for r in launches if r["kernel"] == kernel and not for_checks(r)]
     assert found and all(r["wide_loads"] >= 8 for r in found)

@@ -7,8 +7,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_kernels import ACTIVATIONS, gate_first_ffn, gated_ffn, neuron_ffn
+from sparse_kernels.launch import Rows
 from sparse_kernels.neuron_ffn import cost, launch, naive
-from sparse_kernels.neuron_ffn.launch import Rows
 
 WIDTH, OUT = 72, 50
 

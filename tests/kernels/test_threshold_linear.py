@@ -6,7 +6,7 @@ from support import close
 from sparse_kernels import add_parts, row_stats, threshold_linear
 from sparse_kernels.input_linear import kernel, naive
 from sparse_kernels.input_linear.launch import Masked, path_for
-from sparse_kernels.launch import Launch
+from sparse_kernels.launch import Launch, Rows
 
 SEGMENTS = {"one": [200], "three": [100, 37, 63]}
 CONFIG = Launch(rows=8, columns=64, warps=4, stages=3, programs=4)
@@ -203,17 +203,81 @@ def test_without_a_list_two_runs_give_the_same_bits(device, limited):
     assert torch.equal(counts.sum(1), active[:, 0]) if limited else counts.numel() == 0
 
 
-def test_few_weights_need_no_list():
-    device = torch.device("cpu")
-    few, many = (4096, 4096), (4096, 12288)
-    assert path_for("auto", 1, *few, True, None, False, device) == "masked"
-    assert path_for("auto", 1, *few, True, None, True, device) == "threshold"  # a low-rank path
-    assert path_for("auto", 1, *few, False, None, False, device) == "masked"
-    assert path_for("auto", 2, *few, True, 0.2, False, device) == "threshold"
-    assert path_for("auto", 1, *many, True, None, False, device) == "threshold"
-    assert path_for("auto", 1, *many, False, None, False, device) == "all"
-    assert path_for("mask", 1, *many, True, None, False, device) == "masked"
-    assert path_for("mask", 2, *many, True, 0.5, False, device) == "dense"
+def test_few_weights_need_no_list_and_whole_rows_none_either():
+    few, many = torch.empty(4096, 4096), torch.empty(4096, 12288)
+
+    def path(select, batch, weight_t, limited, density=None, side=False, parts=None):
+        x = torch.empty(batch, len(weight_t)) if parts is None else torch.empty(parts, batch, len(weight_t))
+        return path_for(select, x, weight_t, limited, density, side)
+
+    assert path("auto", 1, few, True) == "masked"
+    assert path("auto", 1, few, True, side=True) == "threshold"
+    assert path("auto", 1, few, False) == "masked"
+    assert path("auto", 2, few, True, 0.2) == "threshold"
+    assert path("auto", 1, many, True) == "threshold"
+    assert path("auto", 1, many, False) == "all"
+    assert path("mask", 1, many, True) == "masked"
+    assert path("mask", 2, many, True, 0.5) == "dense"
+    stored = many.reshape(12288, 4096).t()
+    assert path("auto", 1, stored, False) == path("auto", 1, stored, False, parts=1) == "rows"
+    assert path("auto", 2, stored, False) == path("auto", 1, stored, False, parts=2) == "dense"
+    assert path("auto", 1, stored, False, side=True) == "dense"
+    assert path("auto", 1, torch.empty(16, 8193).t(), False) == "dense"  # 64 KiB of float32 when padded
+
+
+def stored(channels, outputs, device, dtype=torch.float32):
+    """The transposed view of weights that are stored one row per output, with something between the rows."""
+    torch.manual_seed(1)
+    return torch.randn(outputs, channels + 3, device=device).to(dtype)[:, :channels].t()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("outputs", [2, 5, 90])
+def test_weights_stored_by_output(device, dtype, batch, outputs):
+    x, _ = make(batch, 133, 1, device, dtype)
+    weight_t = stored(133, outputs, device, dtype)
+    extras = dict(bias=torch.randn(outputs, device=device).to(dtype))
+    extras |= dict(residual=torch.randn(batch, outputs, device=device).to(dtype))
+    y, counts, stats = threshold_linear(x, weight_t, None, with_stats=True, **extras)
+    wanted = expected(x, weight_t, None, [outputs], **extras)[0]
+    rounding = 1e-5 if dtype == torch.float32 else 1e-3  # the product is rounded, and then its sum with the residual
+    assert (y.double() - wanted).norm() < rounding * wanted.norm() and counts.numel() == 0
+    assert torch.allclose(stats, row_stats(y), rtol=1e-3, atol=1e-3)
+    assert torch.equal(y, threshold_linear(x, weight_t, None, **extras)[0])
+
+
+@pytest.mark.parametrize("given", ["x", "one part", "parts"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_weights_stored_by_output_after_an_activation(device, given, gated):
+    x, _ = make(1, 266 if gated else 133, 1, device)
+    weight_t, extras = stored(133, 90, device), dict(activation="silu", gated=gated)
+    x = x if given == "x" else x[None] if given == "one part" else torch.stack([x - 1, x + 1])
+    y, _, _ = threshold_linear(x, weight_t, None, partial=True, **extras)
+    wanted = expected(x if given == "x" else x.sum(0), weight_t, None, [90], **extras)[0]
+    assert y.shape == (1, 1, 90) and close(y[0], wanted)
+
+
+@pytest.mark.parametrize("norm", ["rms", "gemma", "layer"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_weights_stored_by_output_after_a_norm(device, norm, batch):
+    x, _ = make(batch, 133, 1, device)
+    x, weight_t = 3 * x + 1, stored(133, 90, device)
+    extras = dict(norm=norm, norm_weight=torch.rand(133, device=device) + 0.5, eps=1e-5)
+    extras |= dict(norm_bias=torch.randn(133, device=device)) if norm == "layer" else {}
+    assert close(threshold_linear(x, weight_t, None, **extras)[0], expected(x, weight_t, None, [90], **extras)[0])
+
+
+@pytest.mark.parametrize("step, stages", [(1, 3), (2, 1), (4, 1), (4, 4)])
+@pytest.mark.parametrize("outputs", [3, 37])
+def test_whole_rows_however_they_are_launched(device, step, stages, outputs, monkeypatch):
+    """Rows loaded ahead of the loop too, more programs than rows, and shares that the steps do not divide."""
+    x, _ = make(1, 133, 1, device)
+    weight_t = stored(133, outputs, device)
+    monkeypatch.setattr(Rows, "fit", lambda self, width, itemsize: (step, 4))
+    for programs in (1, 2, 50):
+        y = kernel.rows(x, weight_t, Rows(step, 4, stages, programs))
+        assert close(y[0], expected(x, weight_t, None, [outputs])[0])
 
 
 def test_rows_at_any_distance(device):
@@ -247,6 +311,8 @@ def test_statistics_of_rows(device):
         (dict(norm="rms", norm_weight=torch.ones(7)), "norm_weight must have shape"),
         (dict(norm="batch"), "norm must be one of"),
         (dict(widths=[3, 3]), "sum to 5"),
+        (dict(weight_t=torch.randn(5, 8).t()), "weight_t must have contiguous rows"),
+        (dict(weight_t=torch.randn(10, 16)[::2, ::2].t(), threshold=None), "transpose must have contiguous rows"),
         (dict(threshold=torch.zeros(2)), "threshold must be a contiguous"),
         (dict(threshold=torch.zeros(1).double()), "threshold must be a contiguous"),
         (dict(select="sort"), "select must be one of"),

@@ -193,7 +193,8 @@ def test_the_neurons_of_one_sequence_reach_the_residual_in_parts(kind, name, mon
         monkeypatch.setattr(methods.runtime, "add_parts", lambda *args: added.append(args) or add_parts(*args))
         with runtime(model, handle):
             found, _ = decode(model, prompt, 6, handle)
-    assert len(added) == 5 * sum(layer.selector is not None for layer in handle.layers() if layer.site == "ffn") > 0
+        assert any(layer.selector is not None for layer in handle.layers() if layer.site == "ffn")
+    assert len(added) == 5 * 2  # of blocks that stay dense too
     assert torch.allclose(found, wanted, atol=2e-4)
 
 

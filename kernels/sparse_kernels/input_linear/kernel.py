@@ -10,7 +10,8 @@ by the `fill` of the next layer: no atomics on values, and two runs agree to the
 Three small kernels are faster than one that does it all: the selection is made once instead of in every program, and
 `fill` and `combine` start while the kernel before them still runs (programmatic dependent launch). Where the weights
 are so few that latency decides, `masked` is faster yet: no list, every program asks for all its weights at once, and
-those of small channels are masked.
+those of small channels are masked. `rows` is for layers that read everything: weights as transformers stores them, and
+each program multiplies whole rows of them with the vector that it keeps in registers.
 """
 
 from functools import cache
@@ -21,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_kernels.blocks import activate, begin
-from sparse_kernels.input_linear.launch import STATS_TILE, Masked, grid_for, masked_grid
-from sparse_kernels.launch import Launch, interpreting, padded_batch, power_of_2, run
+from sparse_kernels.blocks import activate, begin, load_rows
+from sparse_kernels.input_linear.launch import ROWS, STATS_TILE, Masked, grid_for, masked_grid
+from sparse_kernels.launch import Launch, Rows, interpreting, padded_batch, pick, power_of_2, run
 
 DEAL = tl.constexpr(8)  # channels dealt to a split at a time: one sector of float32 partials
 DENSE_SLICE, DENSE_ROWS = 128, 8  # channels and rows that a program prepares for a dense product
@@ -375,6 +376,44 @@ def masked_kernel(
 
 
 @triton.jit
+def rows_kernel(
+    x, norm_weight, norm_bias, stats, center, weight, out, N, parts, stride_part, stride_w,
+    NORM: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr,
+    TILE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr, PARTS: tl.constexpr,
+    K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """out[n] = sum over k of value[k] * weight[n, k], of one row of x and a matrix [N, K] that is read whole.
+
+    A program takes an even share of the rows of the matrix, ROWS at a time. With one stage the next rows are loaded
+    into registers before these are multiplied, the first ones while the kernel before this one still runs.
+    """
+    AHEAD: tl.constexpr = STAGES == 1
+    program = tl.program_id(0)
+    first = N * program // tl.num_programs(0)
+    last = N * (program + 1) // tl.num_programs(0)
+    r = tl.arange(0, ROWS)
+    k = tl.arange(0, WIDTH)
+    inside = k < K
+    scale, shift, middle = constants(k, inside, norm_weight, norm_bias, center, NORM, NORM_BIAS, CENTER)
+    if AHEAD:
+        w = load_rows(weight, stride_w, (first + r).to(tl.int64), first + r < last, K, WIDTH)
+    begin(PDL)
+    v = layer_input(
+        x, k, inside, 0, N > 0, stats, scale, shift, middle, K, parts, stride_part,
+        NORM, NORM_BIAS, EPS, TILES, PADDED, TILE, ACTIVATION, GATED, CENTER, PARTS, weight.dtype.element_ty, 0,
+    )[None, :]  # fmt: skip
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+        n = start + r
+        ahead = n + ROWS if AHEAD else n
+        loaded = load_rows(weight, stride_w, ahead.to(tl.int64), ahead < last, K, WIDTH)
+        if not AHEAD:
+            w = loaded
+        tl.store(out + n, tl.sum(w.to(tl.float32) * v, 1), mask=n < last)
+        if AHEAD:
+            w = loaded
+
+
+@triton.jit
 def combine_kernel(
     partial, bias, residual, out, stats, parts, B, N, stride_r,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STATS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
@@ -570,3 +609,20 @@ def masked(
         COLUMNS=columns, num_warps=config.warps, **options,
     )  # fmt: skip
     return partial, counts if limited else counts[:0]
+
+
+def rows(x: Tensor, weight_t: Tensor, config: Rows | None = None, **prepare: Any) -> Tensor:
+    """float32 [1, 1, N] of one row of x, by a matrix stored by output: weight_t is its transposed view."""
+    channels, width = weight_t.shape
+    config = config or pick(ROWS, x.device)
+    out = torch.empty(1, 1, width, dtype=torch.float32, device=x.device)
+    options = prepared(x, 2, **prepare)  # as with several rows of x, parts are added one by one
+    for name in ("LIMIT", "CHANNELWISE", "INVERT", "threshold"):
+        del options[name]
+    step, warps = config.fit(channels, weight_t.element_size())
+    run(
+        rows_kernel, (config.count(width, x.device),), x,
+        weight=weight_t, out=out, N=width, stride_w=weight_t.stride(1), K=channels, WIDTH=power_of_2(channels),
+        ROWS=step, STAGES=config.stages, num_warps=warps, **options,
+    )  # fmt: skip
+    return out

@@ -4,7 +4,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from sparse_kernels.launch import Launch, interpreting, multiprocessors, padded_batch, pick, power_of_2
+from sparse_kernels.launch import Launch, Rows, interpreting, multiprocessors, padded_batch, pick, power_of_2
 
 NARROW = 8192  # outputs below which the grid needs narrow tiles to fill the GPU without many splits
 STATS_TILE = 64  # columns of a tile of statistics, and of the kernel that adds partials
@@ -42,6 +42,10 @@ class Masked(NamedTuple):
 # Measured for one row: 4096 x 4096 is 2.6 us faster than with a list at half of the channels, 4096 x 12288 2.5 slower.
 # That was with rows=32, which spills some registers; 16 does not, and has been timed in steps alone.
 MASKED: dict[int, Masked] = {90: Masked(channels=64, rows=16, columns=1024, warps=4, weights=2**24)}
+
+# For one row of x and weights that are stored by output. Not tuned yet: in the proportions of the FFN's kernels.
+ROWS: dict[int, Rows] = {90: Rows(rows=2, warps=4, stages=4, programs=2)}
+MAX_ROW_BYTES = 32768  # of a row of weights, padded to a power of two: the vector it meets is kept in registers
 
 C = TypeVar("C")
 
@@ -91,23 +95,26 @@ def union(density: float, batch: int) -> float:
     return 1 - (1 - density) ** batch
 
 
-def path_for(
-    select: str,
-    batch: int,
-    channels: int,
-    width: int,
-    limited: bool,
-    density: float | None,
-    side: bool,
-    device: torch.device,
-) -> str:
-    """Which kernels serve a call of `threshold_linear`: "dense", "masked", "threshold" (a list) or "all".
+def by_output(weight_t: torch.Tensor) -> bool:
+    """Whether weight_t [K, N] is a transposed view of weights that are stored one row per output."""
+    return weight_t.shape[1] > 1 and weight_t.stride(1) != 1
 
-    limited: it has a threshold. side: it has a low-rank path, which the kernel without a list does not know.
+
+def path_for(
+    select: str, x: torch.Tensor, weight_t: torch.Tensor, limited: bool, density: float | None, side: bool
+) -> str:
+    """Which kernels serve a call of `threshold_linear`: "dense", "rows", "masked", "threshold" (a list) or "all".
+
+    limited: it has a threshold. side: it has a low-rank path, which the kernels without a list do not know.
     """
+    batch, channels = x.shape[-2], weight_t.shape[0]
+    if by_output(weight_t):
+        fits = power_of_2(channels) * weight_t.element_size() <= MAX_ROW_BYTES
+        whole = x.dim() == 2 or len(x) == 1  # every program would add up all parts
+        return "rows" if batch == 1 and not side and fits and whole else "dense"
     if batch > 1 and (not limited or (density is not None and union(density, batch) > CROSSOVER)):
         return "dense"
-    few = channels * width <= pick(MASKED, device).weights
+    few = weight_t.numel() <= pick(MASKED, weight_t.device).weights
     if batch == 1 and not side and (select == "mask" or (select == "auto" and few)):
         return "masked"
     return "threshold" if limited else "all"

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparse_kernels.activations import ACTIVATIONS
 from sparse_kernels.input_linear import naive
-from sparse_kernels.input_linear.launch import STATS_TILE, cdiv, grid_for, masked_grid, path_for
+from sparse_kernels.input_linear.launch import STATS_TILE, by_output, cdiv, grid_for, masked_grid, path_for
 from sparse_kernels.launch import (
     require,
     require_input,
@@ -83,7 +83,8 @@ def threshold_linear(
     x: [B, K], or [B, 2 K] if `gated`; 1 <= B <= 64, contiguous rows; or what `partial` left of it, float32
     [parts, B, K or 2 K], whose sum it then is. weight_t: [K, N], the transposed weights of one or more layers side by
     side, `widths` outputs each (at most 3; default [N]). threshold: float32 [len(widths)] or [len(widths), K]: a layer
-    reads channel k where any row has |v_k| above it, and counts smaller values as zero; None reads everything.
+    reads channel k where any row has |v_k| above it, and counts smaller values as zero; None reads everything, and then
+    weight_t may also be the transposed view of weights as transformers stores them.
     select: "list" streams a list of the channels, "mask" masks the loads of all (one row without a low-rank path, else
     it is "list"), "auto" takes the faster one. invert: keep the values that are not above the threshold instead.
 
@@ -124,7 +125,10 @@ def threshold_linear(
         require(fits, "Parts of x must be contiguous float32, got {}.", x.dtype)
         x = x[0] if x.shape[0] == 1 and x.dtype == weight_t.dtype else x  # of a dense product: a result already
     dense = x.new_empty(0, dtype=x.dtype if x.dim() == 2 else weight_t.dtype)
-    require_rows("weight_t", weight_t, dense, (channels, width))
+    if threshold is None and by_output(weight_t):
+        require_rows("weight_t's transpose", weight_t.t(), dense, (width, channels))
+    else:
+        require_rows("weight_t", weight_t, dense, (channels, width))
     if threshold is not None:
         shapes = ((len(widths),), (len(widths), channels))
         fits = threshold.shape in shapes and threshold.dtype == torch.float32 and threshold.is_contiguous()
@@ -289,7 +293,7 @@ def _threshold_linear(
     from sparse_kernels.input_linear import kernel
 
     limited = threshold is not None
-    how = path_for(select, x.shape[-2], *weight_t.shape, limited, density, side is not None, x.device)
+    how = path_for(select, x, weight_t, limited, density, side is not None)
     prepare |= dict(threshold=threshold, stats=stats)
     widths = widths if limited else [weight_t.shape[1]]
     if how == "dense":
@@ -298,6 +302,8 @@ def _threshold_linear(
         parts, counts = y[None], x.new_empty(0, 1, dtype=torch.int32)
         if not partial and bias is None and residual is None and not with_stats:
             return y, counts, none
+    elif how == "rows":
+        parts, counts = kernel.rows(x, weight_t, **prepare), x.new_empty(0, 1, dtype=torch.int32)
     elif how == "masked":
         parts, counts = kernel.masked(x, weight_t, widths, **prepare)
     else:
@@ -313,13 +319,13 @@ def _(x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm
       activation, gated, center, side, side_up, with_stats, partial, density):  # fmt: skip
     batch, (channels, width) = x.shape[-2], weight_t.shape
     limited = threshold is not None
-    how = path_for(select, batch, channels, width, limited, density, side is not None, x.device)
+    how = path_for(select, x, weight_t, limited, density, side is not None)
     how = "list" if x.device.type == "cpu" and how == "dense" else how
     widths = list(widths) if limited else [width]
     splits = 1
     if how == "masked":
         splits = masked_grid(channels, widths, x.device).splits
-    elif how != "dense":
+    elif how not in ("dense", "rows"):
         splits = grid_for(batch, channels, widths, x.device).splits
     counts = x.new_empty(len(widths) if limited and how != "dense" else 0, splits, dtype=torch.int32)
     y_stats = x.new_empty(batch, cdiv(width, STATS_TILE) if with_stats else 0, 2, dtype=torch.float32)

@@ -11,17 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_kernels.blocks import activate, begin
-from sparse_kernels.launch import Launch, interpreting, multiprocessors, padded_batch, pick, power_of_2, run
-from sparse_kernels.neuron_ffn.launch import HIDDEN, LAUNCH, Rows, fused_launch
-
-
-@triton.jit
-def load_rows(weight, stride, f, live, D: tl.constexpr, WIDTH: tl.constexpr):
-    """Rows f [n] of a weight matrix [F, D]: [n, WIDTH], zero beyond D and where not live."""
-    d = tl.arange(0, WIDTH)
-    inside = live[:, None] & (d < D)[None, :]
-    return tl.load(weight + f[:, None] * stride + d[None, :], mask=inside, other=0.0, eviction_policy="evict_first")
+from sparse_kernels.blocks import activate, begin, load_rows
+from sparse_kernels.launch import (
+    Launch,
+    Rows,
+    interpreting,
+    multiprocessors,
+    padded_batch,
+    pick,
+    power_of_2,
+    run,
+)  # fmt: skip
+from sparse_kernels.neuron_ffn.launch import HIDDEN, LAUNCH, fused_launch
 
 
 @triton.jit

@@ -1,37 +1,10 @@
 """How the kernels of feed-forward networks are launched, per GPU architecture."""
 
-from dataclasses import dataclass
-
 import torch
 
-from sparse_kernels.launch import Launch, multiprocessors, pick, power_of_2
+from sparse_kernels.launch import Launch, Rows, pick, power_of_2
 
 MAX_ROW_BYTES = 16384  # of a neuron's row that a program takes whole: what it keeps of x and of the sum are registers
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How a kernel that takes whole rows of weights is launched.
-
-    rows, warps: neurons per step and warps per program where a row has 8 KiB; fewer neurons where rows are longer, and
-    warps in proportion to the row.
-    stages: depth of the software pipeline; 1 loads the next step's rows into registers before this step is computed.
-    programs: programs per multiprocessor.
-    """
-
-    rows: int
-    warps: int
-    stages: int
-    programs: int
-
-    def fit(self, width: int, itemsize: int) -> tuple[int, int]:
-        """Rows and warps for rows of `width` elements."""
-        size = power_of_2(width) * itemsize
-        return max(1, self.rows * 8192 // max(8192, size)), max(1, min(16, self.warps * size // 8192))
-
-    def count(self, neurons: int, device: torch.device) -> int:
-        """Programs of the fixed grid."""
-        return min(self.programs * multiprocessors(device), neurons)
 
 
 # By what is computed and how many rows of a neuron that reads. "all": every neuron; "list": the listed ones; "first":
