@@ -27,10 +27,13 @@ COSTS = {
 # Calls of our operators in a decode step of two blocks: q, k, v at once | rotation | attention | o | gate, up | down.
 FUSED = {"row_stats": 1, "threshold_linear": 8, "rope_cache_write": 2, "attention_decode": 2}
 EXPERTS = {"row_stats": 3, "threshold_linear": 4, "rope_cache_write": 2, "attention_decode": 2, "residual_norm": 2}
-OPERATORS = {"dense": FUSED, "null": FUSED, "teal": FUSED, "lte": EXPERTS}
+# Without a selection the FFN is one operator, whose parts are added to the residual.
+WHOLE = EXPERTS | {"row_stats": 1, "neuron_ffn": 2, "add_parts": 2}
+OPERATORS = {"dense": WHOLE, "null": FUSED, "teal": FUSED, "lte": EXPERTS}
 # Of kernels, as the interpreter launches them. So few weights need no list: a linear layer is one product and one sum,
-# which for q, k and v the rotation makes, and for gate and up the layer after.
-LAUNCHES = {"dense": 17, "null": 17, "teal": 17}
+# which for q, k and v the rotation makes, and for gate and up the layer after. A dense block is 7: q, k, v | rotation |
+# attention | o | residual, norm | FFN | residual.
+LAUNCHES = {"dense": 15, "null": 17, "teal": 17}
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 
