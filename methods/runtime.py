@@ -66,7 +66,8 @@ class Projection:
             if isinstance(module, SparseLinear):  # its own transposed copy would be a second one
                 module.release()
         self.widths = [linear.out_features for linear in linears]
-        self.weight_t = torch.cat([linear.weight.detach() for linear in linears]).t()  # no copy of a single one
+        weights = [linear.weight.detach() for linear in linears]
+        self.weight_t = (torch.cat(weights) if len(weights) > 1 else weights[0]).t()
         if by_channel or any(layer is not None for layer in self.layers):
             self.weight_t = self.weight_t.contiguous()
         given = [linear.bias for linear in linears]
@@ -84,14 +85,16 @@ class Projection:
                 self.threshold, self.segments = self.threshold[:1], [sum(self.widths)]
         known = [1.0 if layer is None else layer.density for layer in self.layers]
         self.density: float | None = None if None in known else max(known)
-        self.shared = [linear.weight for linear in linears] if share else []
+        copied = self.weight_t.data_ptr() != weights[0].data_ptr()
+        self.shared = [linear.weight for linear in linears] if share and copied else []
         for weight, view in zip(self.shared, self.weight_t.split(self.widths, 1), strict=False):
             weight.data = view.t()
 
     def restore(self) -> None:
         """Gives shared weights a storage of their own again, with the same bits."""
         for weight in self.shared:
-            weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+            if weight.untyped_storage().data_ptr() == self.weight_t.untyped_storage().data_ptr():
+                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
 
     def __call__(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """(output or its parts, stats); also leaves with each sparse layer how many channels it read."""

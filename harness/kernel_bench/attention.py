@@ -23,7 +23,7 @@ from sparse_kernels.spark_attention import naive as spark
 from .case import Case, Copy, Draw, Shape
 
 # (batch, context), where each query head has its own keys and where heads share them.
-CONTEXTS = ((1, 4096), (16, 2048), (64, 3968))
+CONTEXTS = ((1, 512), (1, 4096), (16, 2048), (64, 3968))
 GROUPED_CONTEXTS = ((16, 2048), (64, 8192), (1, 32768))
 ROPE_CONTEXT = 1024
 ATTENDED = 256  # tokens: Spark Transformer's, arXiv 2506.06644; in short contexts an eighth

@@ -189,8 +189,8 @@ def test_a_storage_for_which_memory_ends_is_left_out(monkeypatch: pytest.MonkeyP
     model, made = llama(), Projection.__init__
     weights = {name: (p.data_ptr(), p.clone()) for name, p in model.named_parameters()}
 
-    def full(self: Any, modules: Any, share: bool) -> None:
-        made(self, modules, share)
+    def full(self: Any, *args: Any, **options: Any) -> None:
+        made(self, *args, **options)
         if self.widths == [64]:  # in the middle of a block
             raise torch.OutOfMemoryError("no memory")
 

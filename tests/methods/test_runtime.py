@@ -227,6 +227,7 @@ def test_one_copy_of_the_weights_serves_prompts_and_steps(kind, name):
     for key, parameter in model.named_parameters():
         assert before[key][0] == id(parameter) and parameter.is_contiguous()
         assert torch.equal(parameter, before[key][1])
+    assert not any(p.untyped_storage().nbytes() > p.nbytes for p in model.parameters())
 
 
 def test_generate_is_the_same_text():
