@@ -188,7 +188,10 @@ def statement(method: str) -> str:
     """What is the paper's and what is adapted, in the method's own words."""
     from methods import registry
 
-    return registry.info(method).fidelity if method in registry.names() else "not installed here"
+    try:
+        return registry.info(method).fidelity
+    except UsageError:
+        return "not installed here"
 
 
 def level(method: str) -> str:

@@ -191,11 +191,12 @@ def _delta(
 
 def _resampled(delta: np.ndarray, weight: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """Weighted means of items drawn with replacement, float64 [resamples]; in blocks that stay small."""
-    rows = max(1, BLOCK // len(delta))
+    rows, even = max(1, BLOCK // len(delta)), bool((weight == 1).all())
     found = []
     for start in range(0, resamples, rows):
         index = rng.integers(len(delta), size=(min(rows, resamples - start), len(delta)))
-        found.append((delta[index] * weight[index]).sum(axis=1) / weight[index].sum(axis=1))
+        shares = len(delta) if even else weight[index].sum(axis=1)
+        found.append((delta[index] if even else delta[index] * weight[index]).sum(axis=1) / shares)
     return np.concatenate(found) if found else np.empty(0)
 
 
