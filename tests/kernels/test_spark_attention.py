@@ -46,7 +46,7 @@ def expected(query, key, value, visible, attended):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("heads, groups", [(1, 1), (6, 2), (4, 4)])
-@pytest.mark.parametrize("positions, dim, attended", [(1, 2, 1), (63, 16, 7), (133, 24, 200), (1000, 10, 31)])
+@pytest.mark.parametrize("positions, dim, attended", [(1, 2, 1), (63, 16, 7), (133, 24, 200), (500, 10, 31)])
 def test_decode_follows_the_equations(device, batch, heads, groups, positions, dim, attended):
     query, key, value, visible = inputs(device, batch, heads, groups, positions, dim)
     table = spark_attention_multipliers(attended, positions, device)
