@@ -24,7 +24,7 @@ from sparse_kernels import (
     rope_cache_write,
     row_stats,
     threshold_linear,
-)  # fmt: skip
+)
 from sparse_kernels.heads import SelectiveHeads
 from sparse_kernels.layers import FAST_ROWS, ExpertFFN, SparseLayer, SparseLinear
 from sparse_kernels.neuron_ffn.launch import takes_rows

@@ -21,7 +21,7 @@ from sparse_kernels.launch import (
     pick,
     power_of_2,
     run,
-)  # fmt: skip
+)
 from sparse_kernels.neuron_ffn.launch import HIDDEN, LAUNCH, fused_launch
 
 
