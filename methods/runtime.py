@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -159,18 +160,25 @@ class FastBlock:
         self.key_norm = getattr(getattr(attention, "k_norm", None), "weight", None)
         self.head_eps = float(getattr(getattr(attention, "q_norm", None), "variance_epsilon", 1e-6))
         self.ffn: Any = None
+        self.whole: Callable[..., Tensor] | None = None  # an FFN that is read whole, for one token: neuron by neuron
         leader = find(layout.ffn[0])
-        whole = isinstance(leader, ExpertFFN) and leader.selector is None
-        if isinstance(leader, SparseLayer) and not isinstance(leader, SparseLinear) and not whole:
+        dense = isinstance(leader, ExpertFFN) and leader.selector is None
+        if isinstance(leader, SparseLayer) and not isinstance(leader, SparseLinear) and not dense:
             self.ffn = leader
             leader.materialize()
         else:
             names = [name for name in ("gate", "up", "down") if name in layout.linears]
-            *before, down = leader.linears().values() if whole else (find(layout.linears[name]) for name in names)
+            *before, down = leader.linears().values() if dense else (find(layout.linears[name]) for name in names)
             self.up, self.down = Projection(before, share), Projection([down], share, by_channel=True)
-            self.activation = leader.activation if whole else activation_of(model.config)
+            self.activation = leader.activation if dense else activation_of(model.config)
             self.gated = len(before) == 2
-            self.dense = self.up.threshold is None and self.down.threshold is None
+            if self.up.threshold is None and self.down.threshold is None:
+                rows, bias = self.up.weight_t.t().split(self.up.widths), self.up.bias
+                biases = [None] * len(rows) if bias is None else bias.split(self.up.widths)
+                gate, gate_bias = (rows[0], biases[0]) if self.gated else (None, None)
+                weights: dict[str, Any] = dict(gate=gate, up=rows[-1], down_t=self.down.weight_t)
+                weights |= dict(index=None, count=None, gate_bias=gate_bias, up_bias=biases[-1])
+                self.whole = partial(neuron_ffn, activation=self.activation, **weights)
 
     def restore(self) -> None:
         """Puts the module's own forward and weights back."""
@@ -226,24 +234,26 @@ class FastBlock:
         if self.heads is not None and lists is None:
             mixed = self.heads.kept(mixed)
 
-        if self.ffn is None and not self.after and not self._whole(h):
+        whole = self.whole if self.whole and takes_rows(h, self.down.weight_t) else None
+        if self.ffn is None and not self.after and not whole:
             h, stats = self.o(mixed, residual=h, with_stats=True)
             self._tell("mlp_in", h)
             x, _ = self.up(h, partial=self.up.bias is None, **self.second.options(stats))
             h, stats = self.down(x, activation=self.activation, gated=self.gated, residual=h, with_stats=True)
         else:
-            # The norm adds a sum in one part; of more parts it would have one program read them all.
-            alone = batch == 1 and self.o.threshold is None and self.o.bias is None and not self.after
-            mixed, _ = self.o(mixed, partial=alone)
-            mixed = mixed[0] if alone and mixed.dtype == h.dtype else mixed
+            mixed, _ = self.o(mixed)
             mixed = self.after[0](mixed) if self.after else mixed
             h, x = residual_norm(mixed, h, self.second.weight, self.second.bias, self.second.eps, self.second.kind)
             self._tell("mlp_in", h)
-            parts, constant = (None, None) if self.after else self._parts(x)
+            parts: Tensor | None = None
+            if whole and not self.after:
+                parts, constant = whole(x, partial=True)[:, None], self.down.bias
+            elif isinstance(self.ffn, ExpertFFN) and not self.after:
+                parts, constant = self.ffn.parts(x), self.ffn.constant
             if parts is not None:
                 h, stats = add_parts(parts, h, constant)
             else:
-                y = self._feed(x)
+                y = whole(x, down_bias=self.down.bias) if whole else self._feed(x)
                 h = h + (self.after[1](y) if self.after else y)
                 stats = row_stats(h)
         if self.last:
@@ -251,30 +261,10 @@ class FastBlock:
         step.hidden, step.stats = h[:, None], stats
         return step.hidden
 
-    def _whole(self, x: Tensor) -> bool:
-        """Whether all of the FFN is read, for one token: then one kernel runs it, neuron by neuron."""
-        return self.ffn is None and self.dense and takes_rows(x, self.down.weight_t)
-
-    def _neurons(self, x: Tensor, bias: Tensor | None, partial: bool) -> Tensor:
-        """`neuron_ffn` of a whole FFN."""
-        *gate, up = self.up.weight_t.t().split(self.up.widths)
-        *gate_bias, up_bias = (None, None) if self.up.bias is None else self.up.bias.split(self.up.widths)
-        first, first_bias = (gate[0], gate_bias[0]) if self.gated else (None, None)
-        options: Any = dict(gate_bias=first_bias, up_bias=up_bias, down_bias=bias, partial=partial)
-        return neuron_ffn(x, first, up, self.down.weight_t, None, None, self.activation, **options)
-
-    def _parts(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Parts of the FFN of the normed x [B, d] and a constant to add to their sum; None where it leaves no parts."""
-        if isinstance(self.ffn, ExpertFFN):
-            return self.ffn.parts(x), self.ffn.constant
-        return (self._neurons(x, None, True)[:, None], self.down.bias) if self._whole(x) else (None, None)
-
     def _feed(self, x: Tensor) -> Tensor:
         """The FFN of the normed x [B, d], without the residual."""
         if self.ffn is not None:
             return self.ffn(x[:, None])[:, 0]
-        if self._whole(x):
-            return self._neurons(x, self.down.bias, False)
         x, _ = self.up(x, partial=self.up.bias is None)
         return self.down(x, activation=self.activation, gated=self.gated)[0]
 

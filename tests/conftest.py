@@ -16,6 +16,7 @@ KERNEL_MODULES = (
     "selection.kernel",
     "glue.kernel",
     "input_linear.kernel",
+    "input_linear.direct",
     "expert_ffn.kernel",
     "neuron_ffn.kernel",
     "attention.kernel",

@@ -36,9 +36,9 @@ class Launch:
 class Rows:
     """How a kernel that takes whole rows of weights is launched.
 
-    rows, warps: neurons per step and warps per program where a row has 8 KiB; fewer neurons where rows are longer, and
-    warps in proportion to the row.
-    stages: depth of the software pipeline; 1 loads the next step's rows into registers before this step is computed.
+    rows, warps: rows per step (of each matrix) and warps per program where a row has 8 KiB; fewer rows where they are
+    longer, and warps in proportion to the row.
+    stages: depth of the software pipeline.
     programs: programs per multiprocessor.
     """
 
@@ -49,12 +49,12 @@ class Rows:
 
     def fit(self, width: int, itemsize: int) -> tuple[int, int]:
         """Rows and warps for rows of `width` elements."""
-        size = power_of_2(width) * itemsize
+        size = row_bytes(width, itemsize)
         return max(1, self.rows * 8192 // max(8192, size)), max(1, min(16, self.warps * size // 8192))
 
-    def count(self, neurons: int, device: torch.device) -> int:
-        """Programs of the fixed grid."""
-        return min(self.programs * multiprocessors(device), neurons)
+    def count(self, rows: int, device: torch.device) -> int:
+        """Programs of the fixed grid, for so many rows."""
+        return min(self.programs * multiprocessors(device), rows)
 
 
 def padded_batch(batch: int) -> int:
@@ -65,6 +65,11 @@ def padded_batch(batch: int) -> int:
 def power_of_2(n: int) -> int:
     """The smallest power of two that is at least n."""
     return 1 << (n - 1).bit_length()
+
+
+def row_bytes(width: int, itemsize: int) -> int:
+    """Bytes of a row that a program takes whole, padded as its registers are."""
+    return power_of_2(width) * itemsize
 
 
 def depth(stages: int, stage_bytes: int) -> int:

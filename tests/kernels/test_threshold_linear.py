@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from support import close
 
 from sparse_kernels import add_parts, row_stats, threshold_linear
-from sparse_kernels.input_linear import kernel, naive
+from sparse_kernels.input_linear import direct, kernel, naive
 from sparse_kernels.input_linear.launch import Masked, path_for
 from sparse_kernels.launch import Launch, Rows
 
@@ -197,7 +197,7 @@ def test_without_a_list_two_runs_give_the_same_bits(device, limited):
     threshold = limits(2, device) if limited else None
     widths = [100, 50] if limited else [150]
     shape = Masked(channels=32, rows=16, columns=64, warps=4, weights=0)
-    (a, counts), (b, _) = (kernel.masked(x, weight_t, widths, shape, threshold=threshold) for _ in range(2))
+    (a, counts), (b, _) = (direct.masked(x, weight_t, widths, shape, threshold=threshold) for _ in range(2))
     wanted, active = expected(x, weight_t, threshold, widths)
     assert torch.equal(a, b) and len(a) == 5 and close(a.sum(0).half(), wanted)
     assert torch.equal(counts.sum(1), active[:, 0]) if limited else counts.numel() == 0
@@ -247,6 +247,15 @@ def test_weights_stored_by_output(device, dtype, batch, outputs):
     assert torch.equal(y, threshold_linear(x, weight_t, None, **extras)[0])
 
 
+def test_a_whole_row_and_its_bias_are_rounded_once(device):
+    x, _ = make(1, 133, 1, device, torch.float16)
+    weight_t, bias = stored(133, 900, device, torch.float16), torch.randn(900, device=device).half()
+    y = threshold_linear(x, weight_t, None, bias=bias)[0].double()
+    wanted = x.double() @ weight_t.double() + bias.double()
+    spacing = 2.0 ** (wanted.abs().log2().floor() - 10)
+    assert ((y - wanted).abs() / spacing).max() < 0.51
+
+
 @pytest.mark.parametrize("given", ["x", "one part", "parts"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_weights_stored_by_output_after_an_activation(device, given, gated):
@@ -271,13 +280,13 @@ def test_weights_stored_by_output_after_a_norm(device, norm, batch):
 @pytest.mark.parametrize("step, stages", [(1, 3), (2, 1), (4, 1), (4, 4)])
 @pytest.mark.parametrize("outputs", [3, 37])
 def test_whole_rows_however_they_are_launched(device, step, stages, outputs, monkeypatch):
-    """Rows loaded ahead of the loop too, more programs than rows, and shares that the steps do not divide."""
+    """More programs than rows, and shares that the steps do not divide."""
     x, _ = make(1, 133, 1, device)
     weight_t = stored(133, outputs, device)
     monkeypatch.setattr(Rows, "fit", lambda self, width, itemsize: (step, 4))
     for programs in (1, 2, 50):
-        y = kernel.rows(x, weight_t, Rows(step, 4, stages, programs))
-        assert close(y[0], expected(x, weight_t, None, [outputs])[0])
+        y = direct.rows(x, weight_t, x.dtype, Rows(step, 4, stages, programs))
+        assert close(y, expected(x, weight_t, None, [outputs])[0])
 
 
 def test_rows_at_any_distance(device):

@@ -97,6 +97,19 @@ def test_dense_steps_are_those_of_transformers(kind, batch):
     assert served == 0 and torch.equal(again, wanted)
 
 
+@pytest.mark.parametrize("kind", [*MODELS, "qwen2", "gemma2"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_dense_steps_by_the_kernels_are_those_of_transformers(kind, batch, device):
+    if device != "cpu":
+        pytest.skip("with a GPU every run checks its blocks.")
+    model = MODELS[kind]() if kind in MODELS else other(kind)
+    prompt = windows(batch, 9)
+    wanted, _ = decode(model, prompt, 3)
+    with runtime(model):
+        found, served = decode(model, prompt, 3)
+    assert served == 2 * 2 and torch.allclose(found, wanted, atol=2e-4)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("name", ["teal", "null"])
 def test_selections_are_those_of_the_method(kind, name):
@@ -221,6 +234,7 @@ def test_one_copy_of_the_weights_serves_prompts_and_steps(kind, name):
         with runtime(model, handle, share=True) as blocks:
             found, served = decode(model, prompt, 6)
             for block in blocks:
+                assert len(block.qkv.shared) == 3
                 for weight in block.qkv.shared:
                     assert weight.untyped_storage().data_ptr() == block.qkv.weight_t.untyped_storage().data_ptr()
         assert served == 5 * 2 and torch.allclose(found, wanted, atol=1e-4)

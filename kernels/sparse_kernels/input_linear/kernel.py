@@ -8,13 +8,10 @@ ahead as it cannot do with 2-byte gathers. A split's sums are float32 partials, 
 by the `fill` of the next layer: no atomics on values, and two runs agree to the bit.
 
 Three small kernels are faster than one that does it all: the selection is made once instead of in every program, and
-`fill` and `combine` start while the kernel before them still runs (programmatic dependent launch). Where the weights
-are so few that latency decides, `masked` is faster yet: no list, every program asks for all its weights at once, and
-those of small channels are masked. `rows` is for layers that read everything: weights as transformers stores them, and
-each program multiplies whole rows of them with the vector that it keeps in registers.
+`fill` and `combine` start while the kernel before them still runs (programmatic dependent launch). `direct.py` has
+kernels that need no list.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -22,134 +19,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_kernels.blocks import activate, begin, load_rows
-from sparse_kernels.input_linear.launch import ROWS, STATS_TILE, Masked, grid_for, masked_grid
-from sparse_kernels.launch import Launch, Rows, interpreting, padded_batch, pick, power_of_2, run
+from sparse_kernels.blocks import begin
+from sparse_kernels.input_linear.launch import STATS_TILE, grid_for
+from sparse_kernels.input_linear.vector import (
+    columns_of,
+    constants,
+    dealt,
+    layer_input,
+    prepared,
+    selected,
+    selecting,
+)
+from sparse_kernels.launch import Launch, interpreting, padded_batch, power_of_2, run
 
-DEAL = tl.constexpr(8)  # channels dealt to a split at a time: one sector of float32 partials
 DENSE_SLICE, DENSE_ROWS = 128, 8  # channels and rows that a program prepares for a dense product
 MAX_CHUNK = 64  # splits whose partials `combine` reads at once
 FILLED = 8192  # values that `fill` holds at once for several rows
-
-
-@triton.jit
-def dealt(j, split, splits):
-    """The channel in slot j of a split."""
-    return ((j // DEAL) * splits + split) * DEAL + j % DEAL
-
-
-@triton.jit
-def row_scale(
-    stats, row, inside_row, K, TILES: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, NORM: tl.constexpr,
-    EPS: tl.constexpr, AXIS: tl.constexpr,
-):  # fmt: skip
-    """Mean (0 for RMS norms) and reciprocal deviation of every row, from its tiles' sums and squared deviations."""
-    t = tl.arange(0, PADDED)
-    n = tl.minimum(K - t * TILE, TILE).to(tl.float32)
-    inside = inside_row & (t < TILES)
-    place = stats + (row * TILES + t) * 2
-    total = tl.load(place, mask=inside, other=0.0)
-    spread = tl.load(place + 1, mask=inside, other=0.0)
-    if NORM == "layer":
-        mean = tl.sum(total, AXIS, keep_dims=AXIS == 1) / K
-        away = tl.where(inside, total / n - mean, 0.0)
-    else:
-        mean = 0.0
-        away = total / n
-    square = tl.sum(tl.where(inside, spread + n * away * away, 0.0), AXIS, keep_dims=AXIS == 1)
-    return mean, tl.rsqrt(square / K + EPS)
-
-
-@triton.jit
-def input_at(x, place, inside, parts, stride_part, PARTS: tl.constexpr, DTYPE: tl.constexpr):
-    """float32 values of x at offsets `place`; from partials, their sum rounded as the layer that made them rounds."""
-    if PARTS == 0:
-        v = tl.load(x + place, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-    elif PARTS == 1:  # several rows: one part after the other
-        v = tl.zeros(place.shape, tl.float32)
-        for s in tl.range(0, parts):
-            v += tl.load(x + s * stride_part + place, mask=inside, other=0.0)
-        v = v.to(DTYPE).to(tl.float32)
-    else:  # one row: all parts at once
-        s = tl.arange(0, PARTS)[:, None]
-        loaded = tl.load(x + s * stride_part + place[None, :], mask=(s < parts) & inside[None, :], other=0.0)
-        v = tl.sum(loaded, 0).to(DTYPE).to(tl.float32)
-    return v
-
-
-@triton.jit
-def constants(
-    k, inside, norm_weight, norm_bias, center, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, CENTER: tl.constexpr
-):
-    """float32 weight and bias of the norm and center of channels k, zero where there are none."""
-    weight = tl.zeros(k.shape, tl.float32)
-    shift = weight
-    middle = weight
-    if NORM != "":
-        weight = tl.load(norm_weight + k, mask=inside, other=0.0).to(tl.float32)
-    if NORM_BIAS:
-        shift = tl.load(norm_bias + k, mask=inside, other=0.0).to(tl.float32)
-    if CENTER:
-        middle = tl.load(center + k, mask=inside, other=0.0).to(tl.float32)
-    return weight, shift, middle
-
-
-@triton.jit
-def layer_input(
-    x, place, inside, row, inside_row, stats, weight, shift, middle, K, parts, stride_part,
-    NORM: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr,
-    TILE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr, PARTS: tl.constexpr,
-    DTYPE: tl.constexpr, AXIS: tl.constexpr,
-):  # fmt: skip
-    """float32 values of what the layer multiplies, at offsets `place` of x; rounded wherever torch rounds."""
-    v = input_at(x, place, inside, parts, stride_part, PARTS, DTYPE)
-    if ACTIVATION != "":
-        v = activate(v, ACTIVATION).to(DTYPE).to(tl.float32)
-        if GATED:
-            v = (v * input_at(x + K, place, inside, parts, stride_part, PARTS, DTYPE)).to(DTYPE).to(tl.float32)
-    if NORM != "":
-        mean, scale = row_scale(stats, row, inside_row, K, TILES, PADDED, TILE, NORM, EPS, AXIS)
-        v = (v - mean) * scale
-        if NORM == "rms":
-            v = v.to(DTYPE).to(tl.float32)
-        if NORM == "gemma":
-            weight += 1.0
-        v = v * weight
-        if NORM_BIAS:
-            v += shift
-        v = v.to(DTYPE).to(tl.float32)
-    if CENTER:
-        v = (v - middle).to(DTYPE).to(tl.float32)
-    return tl.where(inside, v, 0.0)
-
-
-@triton.jit
-def selected(v, limit, inside, INVERT: tl.constexpr):
-    """Which values are above the limit in magnitude, or with INVERT are not."""
-    keep = tl.abs(v) > limit
-    if INVERT:
-        keep = keep == 0
-    return keep & inside
-
-
-@triton.jit
-def columns_of(tile, width0, width1, N, SEGMENTS: tl.constexpr, ALIGNED: tl.constexpr, COLUMNS: tl.constexpr):
-    """(segment of a tile, the segment's first column, the tile's first column, the segment's end)."""
-    segment = 0
-    begin_n = 0
-    start_n = tile * COLUMNS
-    end_n = N
-    if SEGMENTS > 1:
-        tiles0 = tl.cdiv(width0, COLUMNS)
-        tiles1 = tiles0 + tl.cdiv(width1, COLUMNS)
-        segment = (tile >= tiles0).to(tl.int32) + (tile >= tiles1).to(tl.int32)
-        begin_n = tl.where(segment == 0, 0, tl.where(segment == 1, width0, width0 + width1))
-        end_n = tl.where(segment == 0, width0, tl.where(segment == 1, width0 + width1, N))
-        start_n = begin_n + (tile - tl.where(segment == 0, 0, tl.where(segment == 1, tiles0, tiles1))) * COLUMNS
-    if ALIGNED:
-        start_n = tl.multiple_of(start_n, 16)
-        end_n = tl.multiple_of(end_n, 16)
-    return segment, begin_n, start_n, end_n
 
 
 @triton.jit
@@ -326,94 +211,6 @@ def linear_kernel(
 
 
 @triton.jit
-def masked_kernel(
-    x, threshold, norm_weight, norm_bias, stats, center, weight, partial, counts,
-    K, N, width0, width1, splits, parts, stride_part, stride_w,
-    SEGMENTS: tl.constexpr, CHANNELWISE: tl.constexpr, INVERT: tl.constexpr, NORM: tl.constexpr,
-    NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr, PARTS: tl.constexpr, ALIGNED: tl.constexpr,
-    CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """partial[split, n] = sum over the split's CHANNELS of value[k] * weight[k, n], from the vector itself; one row.
-
-    The steps are unrolled and have no pipeline: all loads of a step are in flight at once.
-    """
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
-    DTYPE: tl.constexpr = weight.dtype.element_ty
-    segment, begin_n, start_n, end_n = columns_of(tile, width0, width1, N, SEGMENTS, ALIGNED, COLUMNS)
-    n = start_n + tl.arange(0, COLUMNS)
-    inside_n = n < end_n
-    acc = tl.zeros([COLUMNS], tl.float32)
-    count = 0
-    for step in tl.static_range(CHANNELS // ROWS):
-        k = dealt(step * ROWS + tl.arange(0, ROWS), split, splits)
-        inside = k < K
-        if CHANNELWISE:
-            limit = tl.load(threshold + segment * K + k, mask=inside, other=0.0)
-        else:
-            limit = tl.load(threshold + segment)
-        scale, shift, middle = constants(k, inside, norm_weight, norm_bias, center, NORM, NORM_BIAS, CENTER)
-        if step == 0:
-            begin(PDL)
-        v = layer_input(
-            x, k, inside, 0, K > 0, stats, scale, shift, middle, K, parts, stride_part,
-            NORM, NORM_BIAS, EPS, TILES, PADDED, TILE, ACTIVATION, GATED, CENTER, PARTS, DTYPE, 0,
-        )  # fmt: skip
-        keep = selected(v, limit, inside, INVERT)
-        v = tl.where(keep, v, 0.0)
-        count += tl.sum(keep.to(tl.int32), 0)
-        w = tl.load(
-            weight + k.to(tl.int64)[:, None] * stride_w + n[None, :],
-            mask=keep[:, None] & inside_n[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        acc += tl.sum(v[:, None] * w.to(tl.float32), 0)
-    tl.store(partial + split.to(tl.int64) * N + n, acc, mask=inside_n)
-    if start_n == begin_n:
-        tl.store(counts + segment * splits + split, count)
-
-
-@triton.jit
-def rows_kernel(
-    x, norm_weight, norm_bias, stats, center, weight, out, N, parts, stride_part, stride_w,
-    NORM: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr,
-    TILE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr, PARTS: tl.constexpr,
-    K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """out[n] = sum over k of value[k] * weight[n, k], of one row of x and a matrix [N, K] that is read whole.
-
-    A program takes an even share of the rows of the matrix, ROWS at a time. With one stage the next rows are loaded
-    into registers before these are multiplied, the first ones while the kernel before this one still runs.
-    """
-    AHEAD: tl.constexpr = STAGES == 1
-    program = tl.program_id(0)
-    first = N * program // tl.num_programs(0)
-    last = N * (program + 1) // tl.num_programs(0)
-    r = tl.arange(0, ROWS)
-    k = tl.arange(0, WIDTH)
-    inside = k < K
-    scale, shift, middle = constants(k, inside, norm_weight, norm_bias, center, NORM, NORM_BIAS, CENTER)
-    if AHEAD:
-        w = load_rows(weight, stride_w, (first + r).to(tl.int64), first + r < last, K, WIDTH)
-    begin(PDL)
-    v = layer_input(
-        x, k, inside, 0, N > 0, stats, scale, shift, middle, K, parts, stride_part,
-        NORM, NORM_BIAS, EPS, TILES, PADDED, TILE, ACTIVATION, GATED, CENTER, PARTS, weight.dtype.element_ty, 0,
-    )[None, :]  # fmt: skip
-    for start in tl.range(first, last, ROWS, num_stages=STAGES):
-        n = start + r
-        ahead = n + ROWS if AHEAD else n
-        loaded = load_rows(weight, stride_w, ahead.to(tl.int64), ahead < last, K, WIDTH)
-        if not AHEAD:
-            w = loaded
-        tl.store(out + n, tl.sum(w.to(tl.float32) * v, 1), mask=n < last)
-        if AHEAD:
-            w = loaded
-
-
-@triton.jit
 def combine_kernel(
     partial, bias, residual, out, stats, parts, B, N, stride_r,
     BIAS: tl.constexpr, RESIDUAL: tl.constexpr, STATS: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr,
@@ -472,38 +269,10 @@ def combine(
     return out, stats
 
 
-def prepared(
-    x: Tensor,
-    padded: int,
-    threshold: Tensor | None = None,
-    invert: bool = False,
-    norm: str = "",
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 0.0,
-    stats: Tensor | None = None,
-    activation: str = "",
-    gated: bool = False,
-    center: Tensor | None = None,
-) -> dict[str, Any]:
-    """What a kernel is told to make a layer's input of x [B, K or 2 K], or of float32 parts of it, and to select."""
-    parts = x.shape[0] if x.dim() == 3 else 0
-    tiles = 1 if stats is None else stats.shape[1]
-    return dict(
-        threshold=threshold, norm_weight=norm_weight, norm_bias=norm_bias, stats=stats, center=center, parts=parts,
-        stride_part=x.stride(0) if parts else 0, LIMIT=threshold is not None,
-        CHANNELWISE=threshold is not None and threshold.dim() == 2, INVERT=invert, NORM=norm,
-        NORM_BIAS=norm_bias is not None, EPS=eps, TILES=tiles, PADDED=power_of_2(tiles), TILE=STATS_TILE,
-        ACTIVATION=activation, GATED=gated, CENTER=center is not None,
-        PARTS=0 if parts == 0 else (max(2, power_of_2(parts)) if padded == 1 else 1),
-        enable_fp_fusion=False,  # else a product and the sum it goes into become one operation, rounded once
-    )  # fmt: skip
-
-
 def run_fill(
     x: Tensor, weight_t: Tensor, grid: tuple[int, ...], slice_: int, list_index: Tensor, list_value: Tensor,
     list_count: Tensor, common: dict[str, Any], index: Tensor | None = None, count: Tensor | None = None,
-    group: int = 1, **prepare: Any,
+    group: int = 1, threshold: Tensor | None = None, invert: bool = False, **vector: Any,
 ) -> None:  # fmt: skip
     batch, padded = x.shape[-2], common["BATCH"]
     run(
@@ -512,7 +281,7 @@ def run_fill(
         B=batch, K=weight_t.shape[0], stride_x=x.stride(-2), GROUP=group, SLICE=slice_,
         CHUNK=slice_ if padded == 1 else min(slice_, FILLED // padded),
         num_warps=8 if x.dim() == 3 or padded > 1 else 4,
-        **prepared(x, padded, **prepare), **common,
+        LIMIT=threshold is not None, **selecting(threshold, invert), **prepared(x, padded, **vector), **common,
     )  # fmt: skip
 
 
@@ -549,7 +318,7 @@ def linear(
 ) -> tuple[Tensor, Tensor]:
     """(partial float32 [splits, B, N], counts int32 [segments, splits], empty unless select is "threshold").
 
-    x: [B, K or 2 K] of the weight's dtype, or float32 partials of it [parts, B, K or 2 K]; prepare: what `prepared`
+    x: [B, K or 2 K] of the weight's dtype, or float32 partials of it [parts, B, K or 2 K]; prepare: what `run_fill`
     takes to make the layer's input of it. select: "list" (index, count: of groups of channels), "threshold" or "all".
     """
     batch, device, (channels, width) = x.shape[-2], x.device, weight_t.shape
@@ -580,49 +349,3 @@ def linear(
         **common,
     )  # fmt: skip
     return partial, list_count[: segments if select == "threshold" else 0]
-
-
-@cache
-def infinity(device: torch.device) -> Tensor:
-    """A threshold that nothing exceeds, NaN neither: inverted, it keeps every value."""
-    return torch.full((1,), torch.inf, device=device)
-
-
-def masked(
-    x: Tensor, weight_t: Tensor, widths: list[int], config: Masked | None = None, **prepare: Any
-) -> tuple[Tensor, Tensor]:
-    """What `linear` returns, of one row, without a list."""
-    device, (channels, width), segments = x.device, weight_t.shape, len(widths)
-    config, columns, tiles, splits = masked_grid(channels, widths, device, config)
-    partial = torch.empty(splits, 1, width, dtype=torch.float32, device=device)
-    limited = prepare.get("threshold") is not None
-    if not limited:  # one kernel for both: a mask that needs the values keeps the compiler from asking for all at once
-        prepare |= dict(threshold=infinity(device), invert=True)
-    options = prepared(x, 1, **prepare)
-    del options["LIMIT"]
-    counts = torch.empty(segments, splits, dtype=torch.int32, device=device)
-    run(
-        masked_kernel, (tiles, splits), x,
-        weight=weight_t, partial=partial, counts=counts, K=channels, N=width, width0=widths[0],
-        width1=widths[1] if segments > 1 else 0, splits=splits, stride_w=weight_t.stride(0),
-        SEGMENTS=segments, ALIGNED=all(w % 16 == 0 for w in widths), CHANNELS=config.channels, ROWS=config.rows,
-        COLUMNS=columns, num_warps=config.warps, **options,
-    )  # fmt: skip
-    return partial, counts if limited else counts[:0]
-
-
-def rows(x: Tensor, weight_t: Tensor, config: Rows | None = None, **prepare: Any) -> Tensor:
-    """float32 [1, 1, N] of one row of x, by a matrix stored by output: weight_t is its transposed view."""
-    channels, width = weight_t.shape
-    config = config or pick(ROWS, x.device)
-    out = torch.empty(1, 1, width, dtype=torch.float32, device=x.device)
-    options = prepared(x, 2, **prepare)  # as with several rows of x, parts are added one by one
-    for name in ("LIMIT", "CHANNELWISE", "INVERT", "threshold"):
-        del options[name]
-    step, warps = config.fit(channels, weight_t.element_size())
-    run(
-        rows_kernel, (config.count(width, x.device),), x,
-        weight=weight_t, out=out, N=width, stride_w=weight_t.stride(1), K=channels, WIDTH=power_of_2(channels),
-        ROWS=step, STAGES=config.stages, num_warps=warps, **options,
-    )  # fmt: skip
-    return out

@@ -4,7 +4,7 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from sparse_kernels.launch import Launch, Rows, interpreting, multiprocessors, padded_batch, pick, power_of_2
+from sparse_kernels.launch import Launch, Rows, interpreting, multiprocessors, padded_batch, pick, power_of_2, row_bytes
 
 NARROW = 8192  # outputs below which the grid needs narrow tiles to fill the GPU without many splits
 STATS_TILE = 64  # columns of a tile of statistics, and of the kernel that adds partials
@@ -109,7 +109,7 @@ def path_for(
     """
     batch, channels = x.shape[-2], weight_t.shape[0]
     if by_output(weight_t):
-        fits = power_of_2(channels) * weight_t.element_size() <= MAX_ROW_BYTES
+        fits = row_bytes(channels, weight_t.element_size()) <= MAX_ROW_BYTES
         whole = x.dim() == 2 or len(x) == 1  # every program would add up all parts
         return "rows" if batch == 1 and not side and fits and whole else "dense"
     if batch > 1 and (not limited or (density is not None and union(density, batch) > CROSSOVER)):

@@ -279,35 +279,37 @@ def _threshold_linear(
     activation, gated, center, side, side_up, with_stats, partial, density,
 ):  # fmt: skip
     prepare = dict(norm=norm, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, activation=activation)
-    prepare |= dict(gated=gated, center=center, invert=invert)
+    prepare |= dict(gated=gated, center=center)
     path = dict(side=side, side_up=side_up)
     none = x.new_empty(x.shape[-2], 0, 2, dtype=torch.float32)
     if not use_triton(x):
         y, counts = naive.threshold_linear(
-            x, weight_t, threshold, widths, bias=bias, residual=residual, **prepare, **path
+            x, weight_t, threshold, widths, invert=invert, bias=bias, residual=residual, **prepare, **path
         )
         counts = counts if threshold is not None else counts[:0]
         if partial:
             return y[None].float(), counts, none
         return y, counts, naive.row_stats(y, STATS_TILE) if with_stats else none
-    from sparse_kernels.input_linear import kernel
+    from sparse_kernels.input_linear import direct, kernel
 
     limited = threshold is not None
     how = path_for(select, x, weight_t, limited, density, side is not None)
-    prepare |= dict(threshold=threshold, stats=stats)
+    prepare |= dict(stats=stats)
+    chosen = dict(threshold=threshold, invert=invert)
     widths = widths if limited else [weight_t.shape[1]]
-    if how == "dense":
-        y = kernel.dense(x, weight_t, widths, **prepare)
+    if how in ("dense", "rows"):
+        if how == "rows":  # rounded once, with the bias
+            y = direct.rows(x, weight_t, weight_t.dtype if bias is None else torch.float32, **prepare)
+        else:
+            y = kernel.dense(x, weight_t, widths, **prepare, **chosen)
         y = y if side is None else torch.addmm(y, side, side_up)
         parts, counts = y[None], x.new_empty(0, 1, dtype=torch.int32)
         if not partial and bias is None and residual is None and not with_stats:
             return y, counts, none
-    elif how == "rows":
-        parts, counts = kernel.rows(x, weight_t, **prepare), x.new_empty(0, 1, dtype=torch.int32)
     elif how == "masked":
-        parts, counts = kernel.masked(x, weight_t, widths, **prepare)
+        parts, counts = direct.masked(x, weight_t, widths, **prepare, **chosen)
     else:
-        parts, counts = kernel.linear(x, weight_t, how, widths, **prepare, **path)
+        parts, counts = kernel.linear(x, weight_t, how, widths, **prepare, **chosen, **path)
     if partial:
         return parts, counts, none
     y, y_stats = kernel.combine(parts, bias, residual, with_stats, weight_t.dtype)
@@ -320,17 +322,17 @@ def _(x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm
     batch, (channels, width) = x.shape[-2], weight_t.shape
     limited = threshold is not None
     how = path_for(select, x, weight_t, limited, density, side is not None)
-    how = "list" if x.device.type == "cpu" and how == "dense" else how
+    whole = how in ("dense", "rows") and x.device.type != "cpu"  # where the definition counts, and sums in float32
     widths = list(widths) if limited else [width]
     splits = 1
     if how == "masked":
         splits = masked_grid(channels, widths, x.device).splits
     elif how not in ("dense", "rows"):
         splits = grid_for(batch, channels, widths, x.device).splits
-    counts = x.new_empty(len(widths) if limited and how != "dense" else 0, splits, dtype=torch.int32)
+    counts = x.new_empty(len(widths) if limited and not whole else 0, splits, dtype=torch.int32)
     y_stats = x.new_empty(batch, cdiv(width, STATS_TILE) if with_stats else 0, 2, dtype=torch.float32)
     if partial:
-        dtype = weight_t.dtype if how == "dense" else torch.float32
+        dtype = weight_t.dtype if whole else torch.float32
         return x.new_empty(splits, batch, width, dtype=dtype), counts, y_stats
     return x.new_empty(batch, width, dtype=weight_t.dtype), counts, y_stats
 

@@ -12,16 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_kernels.blocks import activate, begin, load_rows
-from sparse_kernels.launch import (
-    Launch,
-    Rows,
-    interpreting,
-    multiprocessors,
-    padded_batch,
-    pick,
-    power_of_2,
-    run,
-)
+from sparse_kernels.launch import Launch, Rows, interpreting, multiprocessors, padded_batch, pick, power_of_2, run
 from sparse_kernels.neuron_ffn.launch import HIDDEN, LAUNCH, fused_launch
 
 

@@ -2,13 +2,14 @@
 
 import torch
 
-from sparse_kernels.launch import Launch, Rows, pick, power_of_2
+from sparse_kernels.launch import Launch, Rows, pick, row_bytes
 
 MAX_ROW_BYTES = 16384  # of a neuron's row that a program takes whole: what it keeps of x and of the sum are registers
 
 
 # By what is computed and how many rows of a neuron that reads. "all": every neuron; "list": the listed ones; "first":
-# the activations of all neurons; "survivors": the rest of the FFN for those above the threshold.
+# the activations of all neurons; "survivors": the rest of the FFN for those above the threshold. With one stage a
+# neuron's rows are loaded into registers before those of the one before are computed.
 LAUNCH: dict[int, dict[tuple[str, int], Rows]] = {
     90: {
         ("all", 3): Rows(rows=1, warps=4, stages=4, programs=1),
@@ -33,7 +34,7 @@ HIDDEN: dict[int, dict[int, Launch]] = {
 
 def takes_rows(x: torch.Tensor, down_t: torch.Tensor) -> bool:
     """Whether the kernels that take whole rows serve this call: one row of x, rows short enough for registers."""
-    return x.shape[0] == 1 and power_of_2(max(x.shape[1], down_t.shape[1])) * x.element_size() <= MAX_ROW_BYTES
+    return x.shape[0] == 1 and row_bytes(max(x.shape[1], down_t.shape[1]), x.element_size()) <= MAX_ROW_BYTES
 
 
 def fused_launch(gated: bool, listed: bool, device: torch.device) -> Rows:
