@@ -135,3 +135,8 @@ def test_readme_holds_a_headline_per_method_and_gpu(tmp_path: Path) -> None:
     assert report.check(tmp_path / "results", readme) == 0
     readme.write_text(text.replace("1.43", "1.44"))
     assert report.check(tmp_path / "results", readme) == 1
+
+
+def test_records_of_a_method_that_is_not_installed_are_shown() -> None:
+    assert board.statement("gone") == "not installed here" and board.level("gone") == NONE
+    assert board.statement("teal") != "not installed here"

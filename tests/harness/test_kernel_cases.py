@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from harness.kernel_bench import OPERATORS, attention, case, measure
+from harness.kernel_bench import OPERATORS, attention, case, input_linear, measure
 from harness.kernel_bench.case import Draw
+from sparse_kernels.input_linear.launch import by_output
 
 CPU = torch.device("cpu")
 
@@ -59,3 +60,15 @@ def test_every_case_passes_its_own_check_on_small_shapes(operator: str, monkeypa
         record, problem = measure.measure(found, single)
         assert problem is None, f"{found.label}: {problem}"
         assert record["limit_us"] > 0 and (record["baseline_us"] is None) == (found.baseline is None)
+
+
+def test_whole_weights_are_timed_as_a_dense_model_stores_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, threshold_linear = [], input_linear.threshold_linear
+    monkeypatch.setattr(
+        input_linear, "threshold_linear", lambda *args, **kw: given.append(args[1]) or threshold_linear(*args, **kw)
+    )
+    found = [c for c in input_linear.cases(SMALL[0]) if c.op == "threshold_linear" and c.density == 1]
+    for timed in found:
+        timed.build(Draw(CPU, torch.float32, 1)).run()
+    stored = [input_linear.STORED in timed.case for timed in found]
+    assert any(stored) and [by_output(weight_t) for weight_t in given] == stored

@@ -58,6 +58,12 @@ def test_difference_is_paired_deterministic_and_weighted() -> None:
     assert (found.low, found.high) == (pytest.approx(1), pytest.approx(1))  # unpaired, it would be tens wide
     assert stats.difference([1, 0, 1], [0, 0, 1], seed=3) == stats.difference([1, 0, 1], [0, 0, 1], seed=3)
     assert stats.difference([1, 0], [0, 0], weights=[3, 1]).estimate == pytest.approx(0.75)
+    # An item without weight counts in no draw either; even weights are the same as none, to the bit.
+    scores = np.random.default_rng(0).normal(size=40)
+    some = stats.difference([*scores[:20], *[100.0] * 5], [0] * 25, weights=[1] * 20 + [1e-12] * 5)
+    assert some.high < 1 and some.low < some.estimate < some.high
+    assert stats.difference(scores, [0] * 40, weights=[1] * 40) == stats.difference(scores, [0] * 40)
+    assert stats.difference(scores, [0] * 40, weights=[2] * 40) == stats.difference(scores, [0] * 40)
     for bad in (([], [], None), ([1], [1, 2], None), ([1, 2], [1, 2], [1])):
         with pytest.raises(ValueError):
             stats.difference(*bad)
