@@ -16,7 +16,7 @@ KERNEL_MODULES = (
     "selection.kernel",
     "glue.kernel",
     "input_linear.kernel",
-    "input_linear.direct",
+    "input_linear.row",
     "expert_ffn.kernel",
     "neuron_ffn.kernel",
     "attention.kernel",

@@ -17,14 +17,14 @@ from sparse_kernels import ACTIVATIONS, bandwidth
 from sparse_kernels.attention import kernel as attention
 from sparse_kernels.expert_ffn import kernel as expert_ffn
 from sparse_kernels.glue import kernel as glue
-from sparse_kernels.input_linear import direct
 from sparse_kernels.input_linear import kernel as linear
 from sparse_kernels.input_linear import launch as linear_launch
+from sparse_kernels.input_linear import row as linear_row
 from sparse_kernels.neuron_ffn import kernel as neuron_ffn
 from sparse_kernels.selection import kernel as selection
 from sparse_kernels.spark_attention import kernel as spark
 
-MODULES = (attention, selection, glue, linear, direct, expert_ffn, neuron_ffn, spark, bandwidth)
+MODULES = (attention, selection, glue, linear, linear_row, expert_ffn, neuron_ffn, spark, bandwidth)
 
 
 class Driver:
@@ -114,27 +114,28 @@ def compile_linear() -> None:
         for batch in (1, 4, 64):
             h, wide = torch.empty(batch, 4096, dtype=dtype), torch.empty(batch, 22016, dtype=dtype)
             normed = dict(norm="rms", norm_weight=norm, eps=1e-5, stats=linear.row_stats(h))
-            linear.linear(h, qkv, "threshold", [4096] * 3, threshold=limits, **normed)
+            through = linear_row.listed if batch == 1 else linear.linear
+            through(h, qkv, "threshold", [4096] * 3, threshold=limits, **normed)
             if batch == 1:  # more rows with all channels are dense
-                linear.linear(h, gate_up, "all", [22016], **normed)
-                direct.rows(h, qkv.view(12288, 4096).t(), dtype, **normed)
-                direct.rows(wide, down.view(4096, 11008).t(), torch.float32, activation="silu", gated=True)
-                direct.rows(h[None].float(), qkv[:, :4096].reshape(4096, 4096).t(), dtype)
-                direct.masked(h, qkv, [4096] * 3, threshold=limits, **normed)
+                through(h, gate_up, "all", [22016], **normed)
+                linear_row.rows(h, qkv.view(12288, 4096).t(), dtype, **normed)
+                linear_row.rows(wide, down.view(4096, 11008).t(), torch.float32, activation="silu", gated=True)
+                linear_row.rows(h[None].float(), qkv[:, :4096].reshape(4096, 4096).t(), dtype)
+                linear_row.masked(h, qkv, [4096] * 3, threshold=limits, **normed)
                 for threshold in (None, limits[:1]):
-                    direct.masked(h, qkv[:, :4096], [4096], threshold=threshold)
-                direct.masked(torch.empty(8, 1, 22016), down, [4096], threshold=limits[:1], activation="silu",
-                              gated=True)  # fmt: skip
+                    linear_row.masked(h, qkv[:, :4096], [4096], threshold=threshold)
+                linear_row.masked(torch.empty(8, 1, 22016), down, [4096], threshold=limits[:1], activation="silu",
+                                  gated=True)  # fmt: skip
             gated = dict(threshold=limits[:1], activation="silu", gated=True, center=down[:, 0].contiguous())
             for x in (wide, torch.empty(2, batch, 22016)):
-                linear.linear(x, down, "threshold", [4096], side=h, side_up=qkv[:, :4096], **gated)
-            parts, _ = linear.linear(wide[:, :11008], down, "list", [4096], index, index[:1], 32, threshold=limits[:1])
+                through(x, down, "threshold", [4096], side=h, side_up=qkv[:, :4096], **gated)
+            parts, _ = through(wide[:, :11008], down, "list", [4096], index, index[:1], 32, threshold=limits[:1])
             linear.combine(parts, norm, h, True, dtype)
             linear.dense(wide, down[:, :16], [16], **gated)
     h = torch.empty(1, 4096)
     layer = dict(norm="layer", eps=1e-5, norm_weight=h[0], norm_bias=h[0], center=h[0], stats=linear.row_stats(h))
-    linear.linear(h, torch.empty(4096, 12288), "threshold", [12288], threshold=limits[:1], **layer)
-    direct.rows(h, torch.empty(12288, 4096).t(), torch.float32, **layer)
+    linear_row.listed(h, torch.empty(4096, 12288), "threshold", [12288], threshold=limits[:1], **layer)
+    linear_row.rows(h, torch.empty(12288, 4096).t(), torch.float32, **layer)
 
 
 def compile_selection(one: torch.Tensor) -> None:

@@ -1,15 +1,10 @@
-"""Triton kernels of the input-sparse linear layers: `fill` lists channels, `linear` streams their weights, `combine`
-adds.
+"""Triton kernels of the input-sparse linear layers for several rows: `fill` lists channels, `linear` streams their
+weights, `combine` adds (for one row too, whose other kernels are in `row.py`).
 
 The grid of `linear` is fixed: tiles of output columns x splits of the channels. Channels are dealt to the splits in
 blocks of 8, so that those which are active together do not land in one split, and `fill` lists for every split which
-are active and with what value. The streaming loop then reads two contiguous lists, which Triton fetches several steps
-ahead as it cannot do with 2-byte gathers. A split's sums are float32 partials, added in a fixed order by `combine` or
-by the `fill` of the next layer: no atomics on values, and two runs agree to the bit.
-
-Three small kernels are faster than one that does it all: the selection is made once instead of in every program, and
-`fill` and `combine` start while the kernel before them still runs (programmatic dependent launch). `direct.py` has
-kernels that need no list.
+are active and with what values, once for all tiles. A split's sums are float32 partials, added in a fixed order by
+`combine` or by the next layer's kernel: no atomics on values, and two runs agree to the bit.
 """
 
 from typing import Any
@@ -20,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_kernels.blocks import begin
-from sparse_kernels.input_linear.launch import STATS_TILE, grid_for
+from sparse_kernels.input_linear.launch import STATS_TILE, grid_for, share
 from sparse_kernels.input_linear.vector import (
     columns_of,
     constants,
@@ -49,25 +44,18 @@ def fill_kernel(
 ):  # fmt: skip
     """Write one split's channels [SLOTS], values [BATCH, SLOTS] and their number, for one segment of the output.
 
-    Several rows take CHUNK channels of the slice at a time, one row all of them, its constants before it waits. For a
-    dense product it only prepares the values, each program those of BATCH rows.
+    It takes CHUNK channels of the slice at a time. For a dense product it only prepares the values, each program those
+    of BATCH rows.
     """
     split = tl.program_id(0)
     segment = tl.program_id(1)
     splits = tl.num_programs(0)
     DTYPE: tl.constexpr = like.dtype.element_ty
-    AXIS: tl.constexpr = 0 if BATCH == 1 else 1
-    # One row is one-dimensional: conversions between layouts would cost more than the work.
-    if BATCH == 1:
-        row = 0
-        inside_row = B > 0
-    else:
-        row = tl.program_id(2) * BATCH + tl.arange(0, BATCH)[:, None]
-        inside_row = row < B
+    row = tl.program_id(2) * BATCH + tl.arange(0, BATCH)[:, None]
+    inside_row = row < B
     lists = segment * splits + split
     values = list_value + lists.to(tl.int64) * (BATCH * SLOTS) + row * SLOTS
-    if SELECT == "list" or BATCH > 1:
-        begin(PDL)
+    begin(PDL)
     if SELECT == "list":
         listed = tl.load(total) * GROUP
         start = (listed.to(tl.int64) * split // splits).to(tl.int32)
@@ -87,61 +75,37 @@ def fill_kernel(
         elif LIMIT:
             limit = tl.load(threshold + segment)
         weight, shift, middle = constants(k, inside_k, norm_weight, norm_bias, center, NORM, NORM_BIAS, CENTER)
-        if SELECT != "list" and BATCH == 1:
-            begin(PDL)
-        if BATCH == 1:
-            place = k
-            inside = inside_k
-        else:
-            place = row * stride_x + k[None, :]
-            inside = inside_row & inside_k[None, :]
+        inside = inside_row & inside_k[None, :]
         v = layer_input(
-            x, place, inside, row, inside_row, stats, weight, shift, middle, K, parts, stride_part,
-            NORM, NORM_BIAS, EPS, TILES, PADDED, TILE, ACTIVATION, GATED, CENTER, PARTS, DTYPE, AXIS,
+            x, row * stride_x + k[None, :], inside, row, inside_row, stats, weight, shift, middle, K, parts,
+            stride_part, NORM, NORM_BIAS, EPS, TILES, PADDED, TILE, ACTIVATION, GATED, CENTER, PARTS, DTYPE, 1,
         )  # fmt: skip
         if LIMIT:
             keep = selected(v, limit, inside, INVERT)
             v = tl.where(keep, v, 0.0)
         if SELECT == "dense":  # values in the order of the channels, for a dense product
-            if BATCH > 1:
-                tl.store(list_value + (segment * B + row).to(tl.int64) * K + k[None, :], v.to(DTYPE), mask=inside)
-            else:
-                tl.store(list_value + segment.to(tl.int64) * K + k, v.to(DTYPE), mask=inside)
+            tl.store(list_value + (segment * B + row).to(tl.int64) * K + k[None, :], v.to(DTYPE), mask=inside)
         else:
             slot = j
             written = inside_k
             if SELECT == "threshold":
-                found = keep.to(tl.int32)
-                if BATCH > 1:
-                    found = tl.max(found, 0)
+                found = tl.max(keep.to(tl.int32), 0)
                 slot = count + tl.cumsum(found, 0) - found
                 written = found != 0
                 count += tl.sum(found, 0)
-            elif SELECT != "list":
-                count += tl.sum(inside_k.to(tl.int32), 0)
-            if SELECT == "list" or SELECT == "threshold":
-                tl.store(list_index + lists.to(tl.int64) * SLOTS + slot, k, mask=written)
-            if BATCH == 1:
-                tl.store(values + slot, v.to(list_value.dtype.element_ty), mask=written)
-            else:
-                tl.store(values + slot[None, :], v.to(list_value.dtype.element_ty), mask=written[None, :] & inside_row)
+            tl.store(list_index + lists.to(tl.int64) * SLOTS + slot, k, mask=written)
+            tl.store(values + slot[None, :], v.to(DTYPE), mask=written[None, :] & inside_row)
     if SELECT != "dense":
         tl.store(list_count + lists, count)
         # The loop reads values in whole steps, unmasked so that the loads are wide: what follows the last one is zero.
         rest = tl.arange(0, ROWS) + count
-        if BATCH == 1:
-            tl.store(values + rest, tl.zeros([ROWS], list_value.dtype.element_ty), mask=rest < SLOTS)
-        else:
-            zeros = tl.zeros([BATCH, ROWS], list_value.dtype.element_ty)
-            tl.store(values + rest[None, :], zeros, mask=(rest < SLOTS)[None, :] & inside_row)
+        tl.store(values + rest[None, :], tl.zeros([BATCH, ROWS], DTYPE), mask=(rest < SLOTS)[None, :] & inside_row)
 
 
 @triton.jit
-def accumulate(acc, v, w, DTYPE: tl.constexpr, BATCH: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + v times w [ROWS, COLUMNS]; for one row, v [ROWS], the sum over ROWS is left to the end."""
-    if BATCH == 1:  # adding across threads at every step would stall the loads
-        acc += v.to(tl.float32)[:, None] * w.to(tl.float32)
-    elif UPCAST:
+def accumulate(acc, v, w, DTYPE: tl.constexpr, UPCAST: tl.constexpr):
+    """acc [BATCH, COLUMNS] + v [BATCH, ROWS] times w [ROWS, COLUMNS]."""
+    if UPCAST:
         acc = tl.dot(v.to(tl.float32), w.to(tl.float32), acc, input_precision="ieee")
     else:
         acc = tl.dot(v.to(DTYPE), w, acc, input_precision="ieee")
@@ -151,10 +115,9 @@ def accumulate(acc, v, w, DTYPE: tl.constexpr, BATCH: tl.constexpr, UPCAST: tl.c
 @triton.jit
 def linear_kernel(
     list_value, list_index, list_count, weight, side, side_up, partial,
-    B, K, N, R, width0, width1, splits, stride_w, stride_side,
-    SELECT: tl.constexpr, SEGMENTS: tl.constexpr, SIDE: tl.constexpr, ALIGNED: tl.constexpr, BATCH: tl.constexpr,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    UPCAST: tl.constexpr, PDL: tl.constexpr,
+    B, N, R, width0, width1, splits, stride_w, stride_side,
+    SEGMENTS: tl.constexpr, SIDE: tl.constexpr, ALIGNED: tl.constexpr, BATCH: tl.constexpr, SLOTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial[split, b, n] = sum over the split's list of value[b, k] * weight[k, n] (+ its share of side side_up)."""
     tile = tl.program_id(0)
@@ -165,7 +128,7 @@ def linear_kernel(
     inside_n = n < end_n
     b = tl.arange(0, BATCH)
     row = tl.arange(0, ROWS)
-    acc = tl.zeros([ROWS if BATCH == 1 else BATCH, COLUMNS], tl.float32)
+    acc = tl.zeros([BATCH, COLUMNS], tl.float32)
     lists = segment * splits + split
     values = list_value + lists.to(tl.int64) * (BATCH * SLOTS)
     channels = list_index + lists.to(tl.int64) * SLOTS
@@ -175,21 +138,15 @@ def linear_kernel(
     for start in tl.range(0, last, ROWS, num_stages=STAGES):
         p = tl.multiple_of(start, ROWS) + row
         live = p < last
-        if BATCH == 1:
-            v = tl.load(values + p)
-        else:
-            v = tl.load(values + (b * SLOTS)[:, None] + p[None, :], mask=(b < B)[:, None], other=0.0)
-        if SELECT == "list" or SELECT == "threshold":
-            k = tl.load(channels + p, mask=live, other=0)
-        else:
-            k = dealt(p, split, splits)
+        v = tl.load(values + (b * SLOTS)[:, None] + p[None, :], mask=(b < B)[:, None], other=0.0)
+        k = tl.load(channels + p, mask=live, other=0)
         w = tl.load(
             weight + k.to(tl.int64)[:, None] * stride_w + n[None, :],
             mask=live[:, None] & inside_n[None, :],
             other=0.0,
             eviction_policy="evict_first",
         )
-        acc = accumulate(acc, v, w, DTYPE, BATCH, UPCAST)
+        acc = accumulate(acc, v, w, DTYPE, UPCAST)
     if SIDE:
         for start in tl.range(0, tl.cdiv(R - split, splits), ROWS):
             r = (start + row) * splits + split
@@ -198,16 +155,10 @@ def linear_kernel(
                 mask=(r < R)[:, None] & inside_n[None, :],
                 other=0.0,
             )
-            if BATCH == 1:
-                z = tl.load(side + r, mask=r < R, other=0.0)
-            else:
-                z = tl.load(side + (b * R)[:, None] + r[None, :], mask=(b < B)[:, None] & (r < R)[None, :], other=0.0)
-            acc = accumulate(acc, z, up, DTYPE, BATCH, UPCAST)
+            z = tl.load(side + (b * R)[:, None] + r[None, :], mask=(b < B)[:, None] & (r < R)[None, :], other=0.0)
+            acc = accumulate(acc, z, up, DTYPE, UPCAST)
     place = partial + split.to(tl.int64) * B * N
-    if BATCH == 1:
-        tl.store(place + n, tl.sum(acc, 0), mask=inside_n)
-    else:
-        tl.store(place + b[:, None] * N + n[None, :], acc, mask=(b < B)[:, None] & inside_n[None, :])
+    tl.store(place + b[:, None] * N + n[None, :], acc, mask=(b < B)[:, None] & inside_n[None, :])
 
 
 @triton.jit
@@ -279,8 +230,7 @@ def run_fill(
         fill_kernel, grid, x,
         index=index, total=count, list_index=list_index, list_value=list_value, list_count=list_count, like=weight_t,
         B=batch, K=weight_t.shape[0], stride_x=x.stride(-2), GROUP=group, SLICE=slice_,
-        CHUNK=slice_ if padded == 1 else min(slice_, FILLED // padded),
-        num_warps=8 if x.dim() == 3 or padded > 1 else 4,
+        CHUNK=min(slice_, FILLED // padded), num_warps=8,
         LIMIT=threshold is not None, **selecting(threshold, invert), **prepared(x, padded, **vector), **common,
     )  # fmt: skip
 
@@ -316,32 +266,30 @@ def linear(
     config: Launch | None = None,
     **prepare: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(partial float32 [splits, B, N], counts int32 [segments, splits], empty unless select is "threshold").
+    """(partial float32 [splits, B, N], counts int32 [segments, splits], empty unless select is "threshold"), B >= 2.
 
     x: [B, K or 2 K] of the weight's dtype, or float32 partials of it [parts, B, K or 2 K]; prepare: what `run_fill`
-    takes to make the layer's input of it. select: "list" (index, count: of groups of channels), "threshold" or "all".
+    takes to make the layer's input of it. select: "list" (index, count: of groups of channels) or "threshold".
     """
     batch, device, (channels, width) = x.shape[-2], x.device, weight_t.shape
     padded, segments = padded_batch(batch), len(widths)
     config, columns, tiles, splits = grid_for(batch, channels, widths, device, config)
-    rows = config.rows if padded == 1 else max(16, config.rows)
-    slice_ = power_of_2(8 * triton.cdiv(triton.cdiv(channels, 8), splits))
+    rows = max(16, config.rows)  # of a tile of the matrix units
+    slice_ = share(channels, splits)
     slots = slice_ + rows
     list_index = torch.empty(segments * splits, slots, dtype=torch.int32, device=device)
-    list_value = torch.empty(
-        segments * splits, padded, slots, dtype=torch.float32 if padded == 1 else weight_t.dtype, device=device
-    )
+    list_value = torch.empty(segments * splits, padded, slots, dtype=weight_t.dtype, device=device)
     list_count = torch.empty(segments, splits, dtype=torch.int32, device=device)
     partial = torch.empty(splits, batch, width, dtype=torch.float32, device=device)
-    common = dict(SELECT=select, BATCH=padded, SLOTS=slots, ROWS=rows)
+    common = dict(BATCH=padded, SLOTS=slots, ROWS=rows)
     run_fill(
-        x, weight_t, (splits, segments), slice_, list_index, list_value, list_count, common,
+        x, weight_t, (splits, segments), slice_, list_index, list_value, list_count, common | dict(SELECT=select),
         index=index, count=count, group=group, **prepare,
     )  # fmt: skip
     run(
         linear_kernel, (tiles, splits),
         list_value, list_index, list_count, weight_t, side, side_up, partial,
-        batch, channels, width, 0 if side is None else side.shape[1], widths[0], widths[1] if segments > 1 else 0,
+        batch, width, 0 if side is None else side.shape[1], widths[0], widths[1] if segments > 1 else 0,
         splits, weight_t.stride(0), 0 if side_up is None else side_up.stride(0),
         SEGMENTS=segments, SIDE=side is not None, ALIGNED=all(w % 16 == 0 for w in widths), COLUMNS=columns,
         STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps,

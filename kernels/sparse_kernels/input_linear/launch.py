@@ -77,6 +77,11 @@ def grid_for(
     return Grid(config, columns, tiles, splits)
 
 
+def share(channels: int, splits: int) -> int:
+    """Slots of a split's list: its share of the channels, dealt in blocks of 8, to a power of two."""
+    return power_of_2(8 * cdiv(cdiv(channels, 8), splits))
+
+
 def masked_grid(channels: int, widths: list[int], device: torch.device, config: Masked | None = None) -> Grid[Masked]:
     """The grid of one call without a list; on a CPU as `grid_for`."""
     config = config or pick(MASKED, device)

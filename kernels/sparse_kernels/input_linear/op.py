@@ -246,11 +246,12 @@ def _input_linear(
 ) -> Tensor:
     if not use_triton(x):
         return naive.input_linear(x, weight_t, index, count, threshold, bias, group)
-    from sparse_kernels.input_linear import kernel
+    from sparse_kernels.input_linear import kernel, row
 
     limit = None if threshold is None else (threshold if threshold.numel() == 1 else threshold[None])
     widths = [weight_t.shape[1]]
-    partial = kernel.linear(x, weight_t, "list", widths, index=index, count=count, group=group, threshold=limit)[0]
+    linear = row.listed if len(x) == 1 else kernel.linear
+    partial = linear(x, weight_t, "list", widths, index=index, count=count, group=group, threshold=limit)[0]
     return kernel.combine(partial, bias, None, False, x.dtype)[0]
 
 
@@ -290,7 +291,7 @@ def _threshold_linear(
         if partial:
             return y[None].float(), counts, none
         return y, counts, naive.row_stats(y, STATS_TILE) if with_stats else none
-    from sparse_kernels.input_linear import direct, kernel
+    from sparse_kernels.input_linear import kernel, row
 
     limited = threshold is not None
     how = path_for(select, x, weight_t, limited, density, side is not None)
@@ -299,7 +300,7 @@ def _threshold_linear(
     widths = widths if limited else [weight_t.shape[1]]
     if how in ("dense", "rows"):
         if how == "rows":  # rounded once, with the bias
-            y = direct.rows(x, weight_t, weight_t.dtype if bias is None else torch.float32, **prepare)
+            y = row.rows(x, weight_t, weight_t.dtype if bias is None else torch.float32, **prepare)
         else:
             y = kernel.dense(x, weight_t, widths, **prepare, **chosen)
         y = y if side is None else torch.addmm(y, side, side_up)
@@ -307,9 +308,10 @@ def _threshold_linear(
         if not partial and bias is None and residual is None and not with_stats:
             return y, counts, none
     elif how == "masked":
-        parts, counts = direct.masked(x, weight_t, widths, **prepare, **chosen)
+        parts, counts = row.masked(x, weight_t, widths, **prepare, **chosen)
     else:
-        parts, counts = kernel.linear(x, weight_t, how, widths, **prepare, **chosen, **path)
+        linear = row.listed if x.shape[-2] == 1 else kernel.linear
+        parts, counts = linear(x, weight_t, how, widths, **prepare, **chosen, **path)
     if partial:
         return parts, counts, none
     y, y_stats = kernel.combine(parts, bias, residual, with_stats, weight_t.dtype)
