@@ -18,6 +18,7 @@ SHOWN = 5  # names of unknown kernels that a record keeps
 KERNELS = {
     "fill_kernel": "selection",
     "linear_kernel": "linears",
+    "listed_kernel": "linears",
     "masked_kernel": "linears",
     "rows_kernel": "linears",
     "combine_kernel": "linears",
@@ -39,6 +40,7 @@ KERNELS = {
     "attention_kernel": "attention",
     "merge_kernel": "attention",
     "rope_kernel": "attention",
+    "token_kernel": "attention",
     "spark_score_kernel": "selection",
     "spark_limit_kernel": "selection",
     "spark_attend_kernel": "attention",

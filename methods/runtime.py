@@ -25,6 +25,7 @@ from sparse_kernels import (
     rope_cache_write,
     row_stats,
     threshold_linear,
+    token_attention,
 )
 from sparse_kernels.heads import SelectiveHeads
 from sparse_kernels.layers import FAST_ROWS, ExpertFFN, SparseLayer, SparseLinear
@@ -223,13 +224,15 @@ class FastBlock:
         position = layer.cumulative_length.reshape(1)
         embeddings = kwargs.get("position_embeddings") or (None, None)
         cos, sin = (t if t is None else t[:, 0].contiguous() for t in embeddings)
-        q = rope_cache_write(
-            q, k, v, cos, sin, position, layer.keys, layer.values, self.query_norm, self.key_norm, self.head_eps
-        )
-        # A query that the model scales itself is rounded before the product with the keys.
-        q, scale = (q * self.scale, 1.0) if self.scaled_query else (q, self.scale)
+        token = (q, k, v, cos, sin, position, layer.keys, layer.values, self.query_norm, self.key_norm, self.head_eps)
         lists = None if self.heads is None else self.heads.lists(batch)
-        mixed = attention_decode(q, layer.keys, layer.values, step.lengths, lists, scale, softcap=self.softcap)
+        if batch == 1 and lists is None:
+            mixed = token_attention(*token, self.scale, self.scaled_query, self.softcap)
+        else:
+            q = rope_cache_write(*token)
+            # A query that the model scales itself is rounded before the product with the keys.
+            q, scale = (q * self.scale, 1.0) if self.scaled_query else (q, self.scale)
+            mixed = attention_decode(q, layer.keys, layer.values, step.lengths, lists, scale, softcap=self.softcap)
         mixed = mixed.view(batch, -1)
         if self.heads is not None and lists is None:
             mixed = self.heads.kept(mixed)

@@ -5,7 +5,7 @@ Each operator is a folder: `naive.py` is its definition in a few lines of torch,
 """
 
 from sparse_kernels.activations import ACTIVATIONS
-from sparse_kernels.attention.op import attention_decode, rope_cache_write
+from sparse_kernels.attention.op import attention_decode, rope_cache_write, token_attention
 from sparse_kernels.bandwidth import read_bandwidth
 from sparse_kernels.expert_ffn.op import expert_ffn, expert_ffn_prefill, expert_hidden
 from sparse_kernels.glue.op import glu, residual_norm
@@ -53,6 +53,7 @@ __all__ = [
     "threshold_linear",
     "to_index",
     "to_mask",
+    "token_attention",
     "top_k",
     "union",
     "union_lists",

@@ -24,16 +24,16 @@ COSTS = {
     "teal": {"flops": 374_272, "bytes": 486_400},
     "lte": {"flops": 399_872, "bytes": 537_600},
 }
-# Calls of our operators in a decode step of two blocks: q, k, v at once | rotation | attention | o | gate, up | down.
-FUSED = {"row_stats": 1, "threshold_linear": 8, "rope_cache_write": 2, "attention_decode": 2}
-EXPERTS = {"row_stats": 3, "threshold_linear": 4, "rope_cache_write": 2, "attention_decode": 2, "residual_norm": 2}
+# Calls of our operators in a decode step of two blocks: q, k, v at once | attention | o | gate, up | down.
+FUSED = {"row_stats": 1, "threshold_linear": 8, "token_attention": 2}
+EXPERTS = {"row_stats": 3, "threshold_linear": 4, "token_attention": 2, "residual_norm": 2}
 # Without a selection the FFN is one operator, whose parts are added to the residual.
 WHOLE = EXPERTS | {"row_stats": 1, "neuron_ffn": 2, "add_parts": 2}
 OPERATORS = {"dense": WHOLE, "null": FUSED, "teal": FUSED, "lte": EXPERTS}
 # Of kernels, as the interpreter launches them. So few weights need no list: a linear layer is one product and one sum,
-# which for q, k and v the rotation makes, and for gate and up the layer after. A dense block is 7: q, k, v | rotation |
+# which for q, k and v the attention makes, and for gate and up the layer after. A dense block is 6: q, k, v |
 # attention | o | residual, norm | FFN | residual.
-LAUNCHES = {"dense": 15, "null": 17, "teal": 17}
+LAUNCHES = {"dense": 13, "null": 15, "teal": 15}
 
 pytestmark = pytest.mark.usefixtures("no_grad")
 

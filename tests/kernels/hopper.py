@@ -228,6 +228,12 @@ def compile_attention() -> None:
     for parts in (22, 66):
         split = torch.empty(parts, 1, 48, 128).split([32, 8, 8], 2)
         attention.rope_cache_write(*split, table, table, place, cache, cache, norm, norm, 1e-6)
+        attention.token_attention(*split, table, table, place, cache, cache, norm, norm, 1e-6, 0.1, True, 5.0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for groups, dim in ((32, 128), (8, 128), (32, 80), (4, 256)):
+            table, cache = torch.empty(1, dim, dtype=dtype), torch.empty(1, groups, 576, dim, dtype=dtype)
+            heads = torch.empty(1, 32 + 2 * groups, dim, dtype=dtype).split([32, groups, groups], 1)
+            attention.token_attention(*heads, table, table, place, cache, cache, None, None, 1e-6, 0.1, False, 0.0)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_kernels import attention_decode, rope_cache_write
+from sparse_kernels import attention_decode, rope_cache_write, token_attention
 from sparse_kernels.attention import cost, naive
 from sparse_kernels.attention.launch import LAUNCH, Decode, regime
 
@@ -377,6 +377,80 @@ def test_together_they_are_the_attention_of_transformers(device, name):
             ours = attention.o_proj(attention_decode(query, key, value, position + 1).flatten(1))
         assert torch.allclose(ours, dense[:, 0], atol=1e-6)
     assert torch.allclose(key, cache.layers[0].keys, atol=1e-6) and torch.equal(value, cache.layers[0].values)
+
+
+def token(heads, groups, place, dim, device, dtype, positions=150, parts=0):
+    """Arguments of token_attention up to the caches, whose positions from `place` on are poisoned."""
+    torch.manual_seed(0)
+    shape = (parts, 1) if parts else (1,)
+    qkv = torch.randn(*shape, heads + 2 * groups, dim, device=device) / max(parts, 1) ** 0.5
+    qkv = qkv if parts else qkv.to(dtype)
+    angle = torch.rand(1, dim // 2, device=device).repeat(1, 2) * 6
+    caches = [torch.randn(1, groups, positions, dim, device=device).to(dtype) for _ in range(2)]
+    for cache in caches:
+        cache[:, :, place:] = float("nan")
+    tables = angle.cos().to(dtype), angle.sin().to(dtype)
+    return *qkv.split([heads, groups, groups], -2), *tables, torch.tensor([place], device=device), *caches
+
+
+def check_token(arguments, **options):
+    reference = copies(arguments)
+    named = dict(query_norm=None, key_norm=None, eps=1e-6, scale=0.3, scaled_query=False, softcap=0.0) | options
+    expected = naive.token_attention(*reference, **named)
+    y = token_attention(*arguments, **(named | dict(softcap=named["softcap"] or None)))
+    assert agree(y, expected)
+    for ours, theirs in zip(arguments[6:], reference[6:], strict=True):
+        place = int(arguments[5])
+        assert torch.allclose(ours[:, :, place], theirs[:, :, place], rtol=1e-5 if ours.dtype == torch.float32 else 0.02)
+        ours[:, :, place] = theirs[:, :, place]
+        assert same(ours, theirs)
+
+
+@pytest.mark.parametrize("place", [0, 1, 63, 64, 127, 128, 129, 149])
+@pytest.mark.parametrize("heads, groups", [(3, 3), (4, 2), (7, 1)])
+def test_a_token_at_any_place(device, heads, groups, place):
+    check_token(token(heads, groups, place, 32, device, torch.float32))
+
+
+@pytest.mark.parametrize("dtype", ROUNDED)
+@pytest.mark.parametrize("parts", [0, 5, 70])
+@pytest.mark.parametrize("dim", [32, 80, 128])
+def test_a_token_of_half_precision_and_of_parts(device, dim, parts, dtype):
+    check_token(token(4, 2, 100, dim, device, dtype, parts=parts))
+
+
+@pytest.mark.parametrize(
+    "options", [dict(softcap=2.0), dict(scale=0.05), dict(scaled_query=True), dict(scaled_query=True, softcap=5.0)]
+)
+@pytest.mark.parametrize("normed", [True, False])
+@pytest.mark.parametrize("rope", [True, False])
+def test_options_of_a_token(device, rope, normed, options):
+    arguments = list(token(6, 2, 70, 48, device, torch.float32))
+    if not rope:
+        arguments[3:5] = None, None
+    norms = [torch.randn(48, device=device) if normed else None for _ in range(2)]
+    check_token(arguments, query_norm=norms[0], key_norm=norms[1], **options)
+
+
+def test_a_token_twice_is_the_same_to_the_bit_and_needs_one_row(device):
+    arguments = token(4, 4, 140, 32, device, torch.float32)
+    first = token_attention(*copies(arguments))
+    assert torch.equal(first, token_attention(*copies(arguments)))
+    composed = copies(arguments)
+    query = rope_cache_write(*composed)
+    assert agree(first, attention_decode(query, *composed[6:], composed[5] + 1))
+    with pytest.raises(ValueError, match="query must have one row, got 2"):
+        token_attention(*step(2, 4, 2, 16, device, torch.float32))
+    with pytest.raises(ValueError, match="softcap must be positive"):
+        token_attention(*copies(arguments), softcap=-1.0)
+
+
+def test_a_token_as_torch_sees_it():
+    arguments = [a.nan_to_num() if a.is_floating_point() else a for a in token(4, 2, 7, 16, "cpu", torch.float32)]
+    opcheck(torch.ops.sparse_kernels.token_attention, (*arguments, None, None, 1e-6, 0.25, False, 0.0))
+    with FlopCounterMode(display=False) as flops:
+        token_attention(*arguments)
+    assert flops.get_total_flops() == 4 * 4 * 16 * 150
 
 
 def rope_domain(**changes):

@@ -24,7 +24,7 @@ def launches():
 
 def for_checks(record) -> bool:
     """Products of float32 matrices have no matrix units and may spill registers: they check results, slowly."""
-    products = ("routed_hidden_kernel", "routed_down_kernel", "score_kernel")
+    products = ("routed_hidden_kernel", "routed_down_kernel", "score_kernel", "token_kernel")
     return record["kernel"] in products and {"torch.bfloat16", "torch.float16"}.isdisjoint(record["dtypes"])
 
 

@@ -1,4 +1,4 @@
-"""Triton kernels of `attention_decode` and `rope_cache_write`.
+"""Triton kernels of `attention_decode`, `rope_cache_write` and, for one row, both in one: `token_attention`.
 
 A program of the attention takes one sequence, one kept KV group and one split of its valid positions, so that the
 cache is read once for all query heads of the group. Splits are merged in a fixed order: two runs agree to the bit.
@@ -94,6 +94,48 @@ def zero_others(
 
 
 @triton.jit
+def rows_of(cache, start, last, n, d, stride, DIM: tl.constexpr):
+    """Positions start + n of a cache [KEYS, WIDTH], zero from `last` on."""
+    return tl.load(
+        cache + tl.cast(start, tl.int64) * stride + (n[:, None] * stride + d[None, :]),
+        mask=(start + n < last)[:, None] & (d < DIM)[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )
+
+
+@triton.jit
+def attend(q, k, v, live, top, total, acc, scale, softcap, SOFTCAP: tl.constexpr, UPCAST: tl.constexpr):
+    """A step of the online softmax over the `live` ones of some positions: maximum, total and weighted sum."""
+    if UPCAST:
+        k, v = k.to(tl.float32), v.to(tl.float32)
+    score = scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
+    weight, fade, top, total = soften(tl.where(live[None, :], score, -float("inf")), top, total, 1)
+    return top, total, tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+
+
+@triton.jit
+def deliver(
+    acc, top, total, split, arrivals, r, d, to, partial, lse, semaphore,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+    FUSED: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """Store a split's part of a group's output, or all of it where the other splits are empty; the last one merges."""
+    inside = (r < GROUP)[:, None] & (d < DIM)[None, :]
+    y = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if not SPLIT:
+        tl.store(to + r[:, None] * DIM + d[None, :], y.to(to.dtype.element_ty), mask=inside)
+    elif arrivals == 1:
+        tl.store(to + r[:, None] * DIM + d[None, :], y.to(to.dtype.element_ty), mask=inside)
+    else:
+        tl.store(partial + (split * GROUP + r)[:, None] * DIM + d[None, :], y, mask=inside)
+        tl.store(lse + split * GROUP + r, top + tl.log2(total), mask=r < GROUP)
+        if FUSED:
+            if last_to_arrive(semaphore, arrivals):
+                merge(partial, lse, to, arrivals, GROUP, GROUP, DIM, WIDTH, HEADS, MERGED)
+
+
+@triton.jit
 def attention_kernel(
     query, key, value, lengths, index, count, semaphore, partial, lse, out,
     groups, slots, stride_length, stride_qb, stride_qh, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh,
@@ -137,41 +179,14 @@ def attention_kernel(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in tl.range(first, last, KEYS, num_stages=STAGES):
-        live = start + n < last
-        mask = live[:, None] & (d < DIM)[None, :]
-        at = tl.cast(start, tl.int64)
-        k = tl.load(
-            key + at * stride_kn + (n[:, None] * stride_kn + d[None, :]),
-            mask=mask,
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        v = tl.load(
-            value + at * stride_vn + (n[:, None] * stride_vn + d[None, :]),
-            mask=mask,
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        if UPCAST:
-            k, v = k.to(tl.float32), v.to(tl.float32)
-        score = scaled(tl.dot(q, tl.trans(k), input_precision="ieee"), scale, softcap, SOFTCAP)
-        weight, fade, top, total = soften(tl.where(live[None, :], score, -float("inf")), top, total, 1)
-        acc = tl.dot(weight.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
-    y = acc / tl.where(total > 0, total, 1.0)[:, None]
-    to = out + (b * groups + group) * GROUP * DIM
-    if not SPLIT:
-        tl.store(to + r[:, None] * DIM + d[None, :], y.to(out.dtype.element_ty), mask=inside)
-    elif arrivals == 1:
-        tl.store(to + r[:, None] * DIM + d[None, :], y.to(out.dtype.element_ty), mask=inside)
-    else:
-        own = (b * slots + slot) * splits * GROUP
-        partial += own * DIM
-        lse += own
-        tl.store(partial + (split * GROUP + r)[:, None] * DIM + d[None, :], y, mask=inside)
-        tl.store(lse + split * GROUP + r, top + tl.log2(total), mask=r < GROUP)
-        if FUSED:
-            if last_to_arrive(semaphore + b * slots + slot, arrivals):
-                merge(partial, lse, to, arrivals, GROUP, GROUP, DIM, WIDTH, HEADS, MERGED)
+        k = rows_of(key, start, last, n, d, stride_kn, DIM)
+        v = rows_of(value, start, last, n, d, stride_vn, DIM)
+        top, total, acc = attend(q, k, v, start + n < last, top, total, acc, scale, softcap, SOFTCAP, UPCAST)
+    own = (b * slots + slot) * splits * GROUP
+    deliver(
+        acc, top, total, split, arrivals, r, d, out + (b * groups + group) * GROUP * DIM, partial + own * DIM,
+        lse + own, semaphore + b * slots + slot, GROUP, HEADS, DIM, WIDTH, SPLIT, FUSED, MERGED,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -196,6 +211,33 @@ def merge_kernel(
         merge(partial + row * DIM, lse + row, to, arrivals, 1, GROUP, DIM, WIDTH, 1, MERGED)
 
 
+def split_for(
+    pairs: int, group: int, cache: Tensor, window: int, most: int, config: Decode | None = None
+) -> tuple[Decode, int, int]:
+    """(launch, positions a program takes per step, splits of the positions) for a cache [B, groups, N, D]."""
+    (positions, dim), device = cache.shape[2:], cache.device
+    config = config or pick(LAUNCH, device)[regime(pairs, group, multiprocessors(device))]
+    keys = config.keys * 128 // max(16, power_of_2(dim)) // (4 if cache.dtype == torch.float32 else 1)
+    keys = max(16, min(keys, 128))
+    blocks = triton.cdiv(min(positions, window or positions), keys)
+    return config, keys, max(1, min(config.programs * multiprocessors(device) // pairs, blocks, most))
+
+
+def scratch(
+    batch: int, slots: int, splits: int, group: int, out: Tensor, fused: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Partial outputs, their log-sum-exps and semaphores of the programs of every slot; `out` where there are none."""
+    if splits == 1:
+        return out, out, out
+    partial = torch.empty(batch, slots, splits, group, out.shape[-1], dtype=torch.float32, device=out.device)
+    return partial, partial.new_empty(partial.shape[:-1]), semaphores(out.device) if fused else out
+
+
+def merged_at_once(splits: int, values: int, config: Decode) -> int:
+    """Splits of so many values that a program merges at once: 64 floats a thread."""
+    return max(1, min(power_of_2(splits), 2048 * config.warps // values))
+
+
 def attention_decode(
     query: Tensor,
     key: Tensor,
@@ -208,31 +250,21 @@ def attention_decode(
     softcap: float,
     config: Decode | None = None,
 ) -> Tensor:
-    (batch, heads, dim), groups, positions = query.shape, key.shape[1], key.shape[2]
+    (batch, heads, dim), groups = query.shape, key.shape[1]
     group, slots, device = heads // groups, groups if index is None else index.shape[1], query.device
-    pairs = batch * slots
-    config = config or pick(LAUNCH, device)[regime(pairs, group, multiprocessors(device))]
+    config, keys, splits = split_for(batch * slots, group, key, window, MAX_SPLITS, config)
     width, padded = max(16, power_of_2(dim)), power_of_2(group)
-    keys = config.keys * 128 // width // (4 if key.dtype == torch.float32 else 1)
-    keys = max(16, min(keys, 128))
-    blocks = triton.cdiv(min(positions, window or positions), keys)
-    splits = max(1, min(config.programs * multiprocessors(device) // pairs, blocks, MAX_SPLITS))
     fused = splits <= FUSED_SPLITS
     out = torch.empty(batch, heads, dim, dtype=query.dtype, device=device)
-    partial = lse = semaphore = out
-    if splits > 1:
-        partial = torch.empty(batch, slots, splits, group, dim, dtype=torch.float32, device=device)
-        lse = torch.empty(batch, slots, splits, group, dtype=torch.float32, device=device)
-        semaphore = semaphores(device) if fused else out
+    partial, lse, semaphore = scratch(batch, slots, splits, group, out, fused)
     shape = dict(GROUP=group, DIM=dim, WIDTH=width, KEYS=keys, LISTED=index is not None, WINDOW=window > 0)
     stride_length = 0 if lengths.numel() == 1 else 1
-    tile = 2048 * config.warps  # floats merged at once, 64 a thread
     run(
         attention_kernel, (splits, slots + (index is not None), batch),
         query, key, value, lengths, index, count, semaphore, partial, lse, out, groups, slots, stride_length,
         *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], scale, window, softcap,
         **shape, HEADS=padded, LIST=power_of_2(slots), SOFTCAP=softcap > 0, SPLIT=splits > 1, FUSED=fused,
-        MERGED=max(1, min(power_of_2(splits), tile // (padded * width))), ROWS=max(16, padded),
+        MERGED=merged_at_once(splits, padded * width, config), ROWS=max(16, padded),
         STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps,
     )  # fmt: skip
     if not fused:
@@ -260,6 +292,23 @@ def whole(x, inside, parts, stride_part, PARTS: tl.constexpr, DTYPE: tl.constexp
 
 
 @triton.jit
+def normed(v, rate, norm, d, inside, DTYPE: tl.constexpr):
+    """v times rate and the norm's weights at d, rounded wherever torch rounds."""
+    v = v * rate
+    if norm.dtype.element_ty == DTYPE:
+        v = v.to(DTYPE).to(tl.float32)
+    return (v * tl.load(norm + d, mask=inside, other=0.0).to(tl.float32)[None, :]).to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def rotated(v, other, sign, cos, sin, d, inside, DTYPE: tl.constexpr):
+    """v cos + sign * other sin at d, each product and the sum rounded."""
+    v = v * tl.load(cos + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+    other = other * tl.load(sin + d, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return v.to(DTYPE).to(tl.float32) + sign * other.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
 def move(
     x, to, inside, norm, cos, sin, d, eps, parts, stride_part,
     HALF: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr,
@@ -270,21 +319,104 @@ def move(
     half = d < HALF
     if NORM:
         rate = tl.rsqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / (2 * HALF) + eps)[:, None]
-        low, high = low * rate, high * rate
-        if norm.dtype.element_ty == DTYPE:
-            low, high = low.to(DTYPE).to(tl.float32), high.to(DTYPE).to(tl.float32)
-        low *= tl.load(norm + d, mask=half, other=0.0).to(tl.float32)[None, :]
-        high *= tl.load(norm + HALF + d, mask=half, other=0.0).to(tl.float32)[None, :]
-        low, high = low.to(DTYPE).to(tl.float32), high.to(DTYPE).to(tl.float32)
+        low, high = normed(low, rate, norm, d, half, DTYPE), normed(high, rate, norm, HALF + d, half, DTYPE)
     if ROPE:
-        turned = high * tl.load(sin + d, mask=half, other=0.0).to(tl.float32)[None, :]
-        twisted = low * tl.load(sin + HALF + d, mask=half, other=0.0).to(tl.float32)[None, :]
-        low *= tl.load(cos + d, mask=half, other=0.0).to(tl.float32)[None, :]
-        high *= tl.load(cos + HALF + d, mask=half, other=0.0).to(tl.float32)[None, :]
-        low = low.to(DTYPE).to(tl.float32) - turned.to(DTYPE).to(tl.float32)
-        high = high.to(DTYPE).to(tl.float32) + twisted.to(DTYPE).to(tl.float32)
+        turned = rotated(low, high, -1.0, cos, sin, d, half, DTYPE)
+        high = rotated(high, low, 1.0, cos, sin, HALF + d, half, DTYPE)
+        low = turned
     tl.store(to, low.to(DTYPE), mask=inside)
     tl.store(to + HALF, high.to(DTYPE), mask=inside)
+
+
+@triton.jit
+def turned(
+    x, inside, norm, cos, sin, d, eps, parts, stride_part,
+    DIM: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """Heads at x [H, 1] as `move` stores them, [H, WIDTH] in DTYPE: every channel reads what it is rotated with too."""
+    v = whole(x + d[None, :], inside, parts, stride_part, PARTS, DTYPE)
+    if NORM or ROPE:
+        half = DIM // 2
+        within = d < DIM
+        across = tl.where(d < half, d + half, d - half)
+        other = whole(x + across[None, :], inside, parts, stride_part, PARTS, DTYPE)
+        if NORM:
+            rate = tl.rsqrt(tl.sum(v * v, 1) / DIM + eps)[:, None]
+            v, other = normed(v, rate, norm, d, within, DTYPE), normed(other, rate, norm, across, within, DTYPE)
+        if ROPE:
+            v = rotated(v, other, tl.where(d < half, -1.0, 1.0)[None, :], cos, sin, d, within, DTYPE)
+    return v.to(DTYPE)
+
+
+@triton.jit
+def token_kernel(
+    query, key, value, cos, sin, position, query_norm, key_norm, key_cache, value_cache, semaphore, partial, lse, out,
+    stride_qh, stride_kh, stride_vh, stride_key_h, stride_key_n, stride_value_h, stride_value_n, eps, parts,
+    stride_part, scale, softcap,
+    GROUP: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    QUERY_NORM: tl.constexpr, KEY_NORM: tl.constexpr, ROPE: tl.constexpr, SCALED: tl.constexpr, PARTS: tl.constexpr,
+    SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    UPCAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One split of a group, rotation and cache write included: what `rope_kernel` and `attention_kernel` do, of one row.
+
+    Cached positions do not depend on the projections, so that the first of them are read before those are there. The
+    last split has the new position: it writes it to the cache and attends to it as it is.
+    """
+    split, group = tl.program_id(0), tl.program_id(1)
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    scale, softcap, eps = tl.cast(scale, tl.float32), tl.cast(softcap, tl.float32), tl.cast(eps, tl.float32)
+    r, n, d, h = tl.arange(0, ROWS), tl.arange(0, KEYS), tl.arange(0, WIDTH), tl.arange(0, HEADS)
+    place = tl.load(position).to(tl.int32)
+    _, chunk, arrivals = share(place + 1, 0, tl.num_programs(0), KEYS, False)
+    if split >= arrivals:
+        return
+    first = split * chunk
+    last = tl.minimum(first + chunk, place)
+    key_cache += group.to(tl.int64) * stride_key_h
+    value_cache += group.to(tl.int64) * stride_value_h
+    k = rows_of(key_cache, first, last, n, d, stride_key_n, DIM)
+    v = rows_of(value_cache, first, last, n, d, stride_value_n, DIM)
+    begin(PDL)
+    some = (h < GROUP)[:, None] & (d < DIM)[None, :]
+    q = turned(
+        query + (group * GROUP + h)[:, None] * stride_qh, some, query_norm, cos, sin, d, eps, parts, stride_part,
+        DIM, QUERY_NORM, ROPE, PARTS, DTYPE,
+    )  # fmt: skip
+    if SCALED:
+        q = (q.to(tl.float32) * scale).to(DTYPE)
+        scale = 1.0
+    # The idle rows of a tile of the matrix units repeat the heads.
+    q = tl.reshape(tl.broadcast_to(q[None, :, :], (ROWS // HEADS, HEADS, WIDTH)), (ROWS, WIDTH))
+    if UPCAST:
+        q = q.to(tl.float32)
+    top = tl.full([ROWS], LOWEST, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    top, total, acc = attend(q, k, v, first + n < last, top, total, acc, scale, softcap, SOFTCAP, UPCAST)
+    for start in tl.range(first + KEYS, last, KEYS, num_stages=STAGES):
+        k = rows_of(key_cache, start, last, n, d, stride_key_n, DIM)
+        v = rows_of(value_cache, start, last, n, d, stride_value_n, DIM)
+        top, total, acc = attend(q, k, v, start + n < last, top, total, acc, scale, softcap, SOFTCAP, UPCAST)
+    if split == arrivals - 1:
+        one = tl.arange(0, 1)[:, None]
+        inside = (one == 0) & (d < DIM)[None, :]
+        newest = turned(
+            key + group * stride_kh + one, inside, key_norm, cos, sin, d, eps, parts, stride_part,
+            DIM, KEY_NORM, ROPE, PARTS, DTYPE,
+        )  # fmt: skip
+        content = whole(value + group * stride_vh + one + d[None, :], inside, parts, stride_part, PARTS, DTYPE)
+        at = tl.cast(place, tl.int64)
+        tl.store(key_cache + at * stride_key_n + one + d[None, :], newest, mask=inside)
+        tl.store(value_cache + at * stride_value_n + one + d[None, :], content.to(DTYPE), mask=inside)
+        score = scaled(tl.sum(q.to(tl.float32) * newest.to(tl.float32), 1), scale, softcap, SOFTCAP)
+        weight, fade, top, total = soften(score[:, None], top, total, 1)
+        acc = acc * fade[:, None] + weight * content
+    own = group * tl.num_programs(0) * GROUP
+    deliver(
+        acc, top, total, split, arrivals, r, d, out + group * GROUP * DIM, partial + own * DIM, lse + own,
+        semaphore + group, GROUP, HEADS, DIM, WIDTH, SPLIT, True, MERGED,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -354,6 +486,44 @@ def rope_cache_write(
         HALF=dim // 2, WIDTH=power_of_2(dim // 2), HEADS=together, QUERY_NORM=query_norm is not None,
         KEY_NORM=key_norm is not None, ROPE=cos is not None, PARTS=min(ROPE_PARTS, power_of_2(parts)) if parts else 0,
         num_warps=4,
+        enable_fp_fusion=False,  # else a product and the sum it goes into become one operation, rounded once
+    )  # fmt: skip
+    return out
+
+
+def token_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    position: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+    scale: float,
+    scaled_query: bool,
+    softcap: float,
+    config: Decode | None = None,
+) -> Tensor:
+    (heads, dim), groups = query.shape[-2:], key.shape[-2]
+    parts, group = query.shape[0] if query.dim() == 4 else 0, heads // groups
+    config, keys, splits = split_for(groups, group, key_cache, 0, FUSED_SPLITS, config)
+    width, padded = max(16, power_of_2(dim)), power_of_2(group)
+    out = torch.empty(1, heads, dim, dtype=key_cache.dtype, device=query.device)
+    partial, lse, semaphore = scratch(1, groups, splits, group, out, True)
+    run(
+        token_kernel, (splits, groups),
+        query, key, value, cos, sin, position, query_norm, key_norm, key_cache, value_cache, semaphore, partial, lse,
+        out, query.stride(-2), key.stride(-2), value.stride(-2), *key_cache.stride()[1:3], *value_cache.stride()[1:3],
+        eps, parts, query.stride(0) if parts else 0, scale, softcap,
+        GROUP=group, HEADS=padded, DIM=dim, WIDTH=width, KEYS=keys, QUERY_NORM=query_norm is not None,
+        KEY_NORM=key_norm is not None, ROPE=cos is not None, SCALED=scaled_query,
+        PARTS=max(1, min(power_of_2(parts), 4096 // (padded * width))) if parts else 0, SOFTCAP=softcap > 0,
+        SPLIT=splits > 1, MERGED=merged_at_once(splits, padded * width, config), ROWS=max(16, padded),
+        STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps,
         enable_fp_fusion=False,  # else a product and the sum it goes into become one operation, rounded once
     )  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-"""Definitions of `attention_decode` and `rope_cache_write`."""
+"""Definitions of `attention_decode`, `rope_cache_write` and `token_attention`."""
 
 import torch
 from torch import Tensor
@@ -73,3 +73,26 @@ def rope_cache_write(
     key_cache[batch, :, place] = rotate(normalise(key, key_norm, eps), cos, sin)
     value_cache[batch, :, place] = value
     return rotate(normalise(query, query_norm, eps), cos, sin).clone(memory_format=torch.contiguous_format)
+
+
+def token_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    position: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+    eps: float,
+    scale: float,
+    scaled_query: bool,
+    softcap: float,
+) -> Tensor:
+    """`rope_cache_write`, then `attention_decode` to all positions up to the new one."""
+    arguments = (query, key, value, cos, sin, position, key_cache, value_cache, query_norm, key_norm, eps)
+    query = rope_cache_write(*arguments)
+    query, scale = (query * scale, 1.0) if scaled_query else (query, scale)
+    return attention_decode(query, key_cache, value_cache, position + 1, None, None, scale, 0, softcap)

@@ -1,4 +1,6 @@
-"""Registered operators `attention_decode` and `rope_cache_write`."""
+"""Registered operators `attention_decode`, `rope_cache_write` and `token_attention`."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -112,6 +114,62 @@ def rope_cache_write(
     apply_rotary_pos_emb rounds them: equal to the bit in half precision, where a norm sums in another order to 1 ulp.
     Raises ValueError outside this domain.
     """
+    query, key, value = require_token(
+        query, key, value, cos, sin, position, key_cache, value_cache, query_norm, key_norm
+    )
+    return torch.ops.sparse_kernels.rope_cache_write(
+        query, key, value, cos, sin, position, key_cache, value_cache, query_norm, key_norm, eps
+    )
+
+
+def token_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    position: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    eps: float = 1e-6,
+    scale: float | None = None,
+    scaled_query: bool = False,
+    softcap: float | None = None,
+) -> Tensor:
+    """`rope_cache_write`, then `attention_decode` to all positions up to the new one, of one sequence in one launch.
+
+    What both take, with one row; position: [1], the new token's. scaled_query: the query is multiplied by scale and
+    rounded before the product with the keys, not the scores after it. Returns [1, Hq, D] in the cache's dtype.
+    Positions of the cache before `position`, and `position`, must not be written by the kernel before: they are read
+    while it still runs. Raises ValueError outside this domain.
+    """
+    query, key, value = require_token(
+        query, key, value, cos, sin, position, key_cache, value_cache, query_norm, key_norm
+    )
+    require(query.shape[-3] == 1, "query must have one row, got {}.", query.shape[-3])
+    require(softcap is None or softcap > 0, "softcap must be positive, got {}.", softcap)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return torch.ops.sparse_kernels.token_attention(
+        query, key, value, cos, sin, position, key_cache, value_cache, query_norm, key_norm, eps, scale, scaled_query,
+        softcap or 0.0,
+    )  # fmt: skip
+
+
+def require_token(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    position: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    query_norm: Tensor | None,
+    key_norm: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Check what `rope_cache_write` takes; query, key and value without the dimension of a single finished part."""
     if query.dim() == 4 and len(query) == 1 and query.dtype == key_cache.dtype:  # of a dense product: a result already
         query, key, value = query[0], key[0], value[0]
     like = query
@@ -144,9 +202,7 @@ def rope_cache_write(
             require(fits, "{} must be a contiguous {} or float32 [{}], got {} {}.", name, like.dtype, dim, *got)
             require(norm.device == query.device, "{} must be on {}, got {}.", name, query.device, norm.device)
     require_integers("position", position, query, ((batch,), (1,)), torch.int64, torch.int32)
-    return torch.ops.sparse_kernels.rope_cache_write(
-        query, key, value, cos, sin, position, key_cache, value_cache, query_norm, key_norm, eps
-    )
+    return query, key, value
 
 
 @torch.library.custom_op(
@@ -222,3 +278,34 @@ def _(query, key, value, cos, sin, position, key_cache, value_cache, query_norm,
 def _rope_flops(*args, **kwargs) -> int:
     """None: the rotation is no matrix product."""
     return 0
+
+
+@torch.library.custom_op(
+    "sparse_kernels::token_attention",
+    mutates_args=("key_cache", "value_cache"),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? cos, Tensor? sin, Tensor position, Tensor(a!) key_cache,"
+    " Tensor(b!) value_cache, Tensor? query_norm, Tensor? key_norm, float eps, float scale, bool scaled_query,"
+    " float softcap) -> Tensor",
+)
+def _token_attention(
+    query, key, value, cos, sin, position, key_cache, value_cache, query_norm, key_norm, eps, scale, scaled_query,
+    softcap,
+):  # fmt: skip
+    arguments = (query, key, value, cos, sin, position, key_cache, value_cache, query_norm, key_norm, eps)
+    arguments += (scale, scaled_query, softcap)
+    if not use_triton(query):
+        return naive.token_attention(*arguments)
+    from sparse_kernels.attention import kernel
+
+    return kernel.token_attention(*arguments)
+
+
+@_token_attention.register_fake
+def _(query, key, value, cos, sin, position, key_cache, value_cache, *args):
+    return key_cache.new_empty(query.shape[-3:])
+
+
+@register_flop_formula(torch.ops.sparse_kernels.token_attention)
+def _token_flops(query_shape, key_shape, value_shape, cos, sin, position, cache_shape, *args, **kwargs) -> int:
+    """Those of attention to the whole cache, as for `attention_decode`."""
+    return 4 * math.prod(query_shape[-2:]) * cache_shape[2]

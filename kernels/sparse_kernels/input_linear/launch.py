@@ -13,8 +13,8 @@ STATS_TILE = 64  # columns of a tile of statistics, and of the kernel that adds 
 # By architecture (90: Hopper), then batch padded to a tile and whether the output is narrow.
 LAUNCH: dict[int, dict[tuple[int, bool], Launch]] = {
     90: {
-        (1, True): Launch(rows=4, columns=1024, warps=4, stages=5, programs=2),
-        (1, False): Launch(rows=4, columns=1024, warps=4, stages=5, programs=2),
+        (1, True): Launch(rows=4, columns=1024, warps=4, stages=4, programs=2),
+        (1, False): Launch(rows=4, columns=1024, warps=4, stages=4, programs=2),
         (16, True): Launch(rows=32, columns=256, warps=4, stages=6, programs=2),
         (16, False): Launch(rows=32, columns=256, warps=4, stages=6, programs=2),
         (32, True): Launch(rows=32, columns=128, warps=4, stages=6, programs=3),
