@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 NORMS = {"rms": "variance_epsilon", "gemma": "eps", "layer": "eps"}
 DENSE = -1.0  # no magnitude is below it
 
+COMPOSED = False
+
 
 @dataclass
 class Step:
@@ -226,7 +228,7 @@ class FastBlock:
         cos, sin = (t if t is None else t[:, 0].contiguous() for t in embeddings)
         token = (q, k, v, cos, sin, position, layer.keys, layer.values, self.query_norm, self.key_norm, self.head_eps)
         lists = None if self.heads is None else self.heads.lists(batch)
-        if batch == 1 and lists is None:
+        if batch == 1 and lists is None and not COMPOSED:
             mixed = token_attention(*token, self.scale, self.scaled_query, self.softcap)
         else:
             q = rope_cache_write(*token)

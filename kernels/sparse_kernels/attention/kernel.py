@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_kernels.attention.launch import FUSED_SPLITS, LAUNCH, MAX_SPLITS, ROPE_HEADS, ROPE_PARTS, Decode, regime
+from sparse_kernels.attention.launch import (
+    FUSED_SPLITS,
+    LAUNCH,
+    MAX_SPLITS,
+    ROPE_HEADS,
+    ROPE_PARTS,
+    TOKEN,
+    Decode,
+    regime,
+)
 from sparse_kernels.blocks import begin, last_to_arrive
 from sparse_kernels.launch import interpreting, multiprocessors, pick, power_of_2, run, semaphores
 
@@ -212,11 +221,11 @@ def merge_kernel(
 
 
 def split_for(
-    pairs: int, group: int, cache: Tensor, window: int, most: int, config: Decode | None = None
+    pairs: int, group: int, cache: Tensor, window: int, most: int, config: Decode | None, tables: dict[int, dict[tuple[str, str], Decode]] = LAUNCH
 ) -> tuple[Decode, int, int]:
     """(launch, positions a program takes per step, splits of the positions) for a cache [B, groups, N, D]."""
     (positions, dim), device = cache.shape[2:], cache.device
-    config = config or pick(LAUNCH, device)[regime(pairs, group, multiprocessors(device))]
+    config = config or pick(tables, device)[regime(pairs, group, multiprocessors(device))]
     keys = config.keys * 128 // max(16, power_of_2(dim)) // (4 if cache.dtype == torch.float32 else 1)
     keys = max(16, min(keys, 128))
     blocks = triton.cdiv(min(positions, window or positions), keys)
@@ -510,7 +519,7 @@ def token_attention(
 ) -> Tensor:
     (heads, dim), groups = query.shape[-2:], key.shape[-2]
     parts, group = query.shape[0] if query.dim() == 4 else 0, heads // groups
-    config, keys, splits = split_for(groups, group, key_cache, 0, FUSED_SPLITS, config)
+    config, keys, splits = split_for(groups, group, key_cache, 0, FUSED_SPLITS, config, TOKEN)
     width, padded = max(16, power_of_2(dim)), power_of_2(group)
     out = torch.empty(1, heads, dim, dtype=key_cache.dtype, device=query.device)
     partial, lse, semaphore = scratch(1, groups, splits, group, out, True)

@@ -28,7 +28,7 @@ from sparse_kernels.input_linear.vector import (
 from sparse_kernels.launch import Launch, interpreting, padded_batch, power_of_2, run
 
 DENSE_SLICE, DENSE_ROWS = 128, 8  # channels and rows that a program prepares for a dense product
-MAX_CHUNK = 64  # splits whose partials `combine` reads at once
+MAX_CHUNK = 128  # splits whose partials `combine` reads at once
 FILLED = 8192  # values that `fill` holds at once for several rows
 
 
@@ -293,7 +293,7 @@ def linear(
         splits, weight_t.stride(0), 0 if side_up is None else side_up.stride(0),
         SEGMENTS=segments, SIDE=side is not None, ALIGNED=all(w % 16 == 0 for w in widths), COLUMNS=columns,
         STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps,
-        pdl=False,  # early programs would crowd on the multiprocessors that free up first
+        pdl=config.early,
         **common,
     )  # fmt: skip
     return partial, list_count[: segments if select == "threshold" else 0]

@@ -229,7 +229,7 @@ def listed(
         stride_side=0 if side_up is None else side_up.stride(0), SELECT=select, GROUP=group, SEGMENTS=segments,
         LIMIT=threshold is not None, ALIGNED=all(w % 16 == 0 for w in widths), SIDE=side is not None, SLICE=slice_,
         ROWS=config.rows, COLUMNS=columns, STAGES=config.stages, num_warps=config.warps,
-        pdl=False,  # early programs would crowd on the multiprocessors that free up first
+        pdl=config.early,
         **prepared(x, 1, **vector), **selecting(threshold, invert),
     )  # fmt: skip
     return partial, counts
@@ -271,6 +271,6 @@ def rows(x: Tensor, weight_t: Tensor, dtype: torch.dtype, config: Rows | None = 
     run(
         rows_kernel, (config.count(width, x.device),), x,
         weight=weight_t, out=y, N=width, stride_w=weight_t.stride(1), K=channels, WIDTH=power_of_2(channels),
-        ROWS=step, STAGES=config.stages, num_warps=warps, **prepared(x, 1, **vector),
+        ROWS=step, STAGES=config.stages, num_warps=warps, pdl=config.early, **prepared(x, 1, **vector),
     )  # fmt: skip
     return y
