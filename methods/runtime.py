@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 NORMS = {"rms": "variance_epsilon", "gemma": "eps", "layer": "eps"}
 DENSE = -1.0  # no magnitude is below it
 
-COMPOSED = False
-
 
 @dataclass
 class Step:
@@ -228,7 +226,8 @@ class FastBlock:
         cos, sin = (t if t is None else t[:, 0].contiguous() for t in embeddings)
         token = (q, k, v, cos, sin, position, layer.keys, layer.values, self.query_norm, self.key_norm, self.head_eps)
         lists = None if self.heads is None else self.heads.lists(batch)
-        if batch == 1 and lists is None and not COMPOSED:
+        # Every split adds the parts of the query: too many where a group has several heads.
+        if batch == 1 and lists is None and (len(qkv) == 1 or q.shape[-2] == k.shape[-2]):
             mixed = token_attention(*token, self.scale, self.scaled_query, self.softcap)
         else:
             q = rope_cache_write(*token)

@@ -30,22 +30,23 @@ class Masked(NamedTuple):
     """How the kernel without a list is launched, and where.
 
     channels: of a program; rows: of them, asked for at once; columns, warps: of a program.
-    weights: it serves layers of at most so many, where its latency counts for more than its idle loads.
+    fewest, most: weights of the layers it serves: fewer do not pay for its long code, more for its idle loads.
     """
 
     channels: int
     rows: int
     columns: int
     warps: int
-    weights: int
+    fewest: int
+    most: int
 
 
-# Measured for one row at half of the channels, with the sum of the parts: 1024 x 1024 6.4 us against 7.1 with a list,
-# 4096 x 1024 7.4 against 9.0, 2048 x 2048 7.2 against 7.6, 4096 x 4096 10.7 against 9.7.
-MASKED: dict[int, Masked] = {90: Masked(channels=64, rows=16, columns=1024, warps=4, weights=2**22)}
+# Measured for one row at half of the channels, with the sum of the parts: 512 x 1536 6.3 us against 5.7 with a list,
+# 1024 x 1024 6.4 against 7.1, 4096 x 1024 7.4 against 9.0, 2048 x 2048 7.2 against 7.6, 4096 x 4096 10.7 against 9.7.
+MASKED: dict[int, Masked] = {90: Masked(channels=64, rows=16, columns=1024, warps=4, fewest=2**20, most=2**22)}
 
-# For one row of x and weights that are stored by output. Not tuned yet: in the proportions of the FFN's kernels.
-ROWS: dict[int, Rows] = {90: Rows(rows=2, warps=4, stages=4, programs=2)}
+# For one row of x and weights that are stored by output.
+ROWS: dict[int, Rows] = {90: Rows(rows=4, warps=4, stages=4, programs=2)}
 MAX_ROW_BYTES = 32768  # of a row of weights, padded to a power of two: the vector it meets is kept in registers
 
 C = TypeVar("C")
@@ -120,7 +121,8 @@ def path_for(
         return "rows" if batch == 1 and not side and fits and whole else "dense"
     if batch > 1 and (not limited or (density is not None and union(density, batch) > CROSSOVER)):
         return "dense"
-    few = weight_t.numel() <= pick(MASKED, weight_t.device).weights
-    if batch == 1 and not side and (select == "mask" or (select == "auto" and few)):
+    table = pick(MASKED, weight_t.device)
+    suits = table.fewest <= weight_t.numel() <= table.most
+    if batch == 1 and not side and (select == "mask" or (select == "auto" and suits)):
         return "masked"
     return "threshold" if limited else "all"
