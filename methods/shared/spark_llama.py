@@ -82,8 +82,10 @@ class SparkAttention(LlamaAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         cache: Any = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
+        cache = past_key_values if cache is None else cache  # the name that older versions of transformers give it
         q, k, v = self.project(hidden_states, position_embeddings, cache, kwargs)
         k, v = (repeat_kv(t, self.num_key_value_groups) for t in (k, v))
         arguments = q, k, v, visible_tokens(q, k, attention_mask), self.attended
@@ -152,9 +154,11 @@ class SparkAttentionLayer(SparseLayer):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         cache: Any = None,
+        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         module = self.module
+        cache = past_key_values if cache is None else cache
         q, k, v = module.project(hidden_states, position_embeddings, cache, kwargs)
         visible = visible_tokens(q, k, attention_mask)
         if hidden_states.shape[1] == 1 and self.fast(hidden_states):
