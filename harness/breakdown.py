@@ -14,7 +14,8 @@ STEPS = 8
 SHOWN = 5  # names of unknown kernels that a record keeps
 
 # The Triton kernels of sparse_kernels. What is fused goes where most of its time goes: `fill` also norms, which in a
-# dense step is all it does; `combine` also adds the residual; `linear` and the FFN kernels activate.
+# dense step is all it does; `combine` also adds the residual; `listed`, which selects too, `linear` and the FFN kernels
+# norm or activate; `token` rotates.
 KERNELS = {
     "fill_kernel": "selection",
     "linear_kernel": "linears",

@@ -401,7 +401,9 @@ def check_token(arguments, **options):
     assert agree(y, expected)
     for ours, theirs in zip(arguments[6:], reference[6:], strict=True):
         place = int(arguments[5])
-        assert torch.allclose(ours[:, :, place], theirs[:, :, place], rtol=1e-5 if ours.dtype == torch.float32 else 0.02)
+        assert torch.allclose(
+            ours[:, :, place], theirs[:, :, place], rtol=1e-5 if ours.dtype == torch.float32 else 0.02
+        )
         ours[:, :, place] = theirs[:, :, place]
         assert same(ours, theirs)
 

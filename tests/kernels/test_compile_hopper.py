@@ -64,7 +64,8 @@ def test_weights_without_a_list_load_sixteen_bytes_at_a_time(launches):
 
 
 @pytest.mark.parametrize(
-    "kernel", ["rows_kernel", "listed_kernel", "fused_kernel", "first_kernel", "routed_hidden_kernel", "routed_down_kernel"]
+    "kernel",
+    ["rows_kernel", "listed_kernel", "fused_kernel", "first_kernel", "routed_hidden_kernel", "routed_down_kernel"],
 )
 def test_neurons_load_sixteen_bytes_at_a_time(launches, kernel):
     found = [r for r in launches if r["kernel"] == kernel and not for_checks(r)]

@@ -98,7 +98,8 @@ def gemma2(**changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
     sizes = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, head_dim=32)
     sizes |= dict(num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=256, initializer_range=0.1)
-    caps = dict(attn_logit_softcapping=2.0, query_pre_attn_scalar=8)
+    # The other implementations ignore the caps in older versions of transformers.
+    caps = dict(attn_logit_softcapping=2.0, query_pre_attn_scalar=8, attn_implementation="eager")
     model = Gemma2ForCausalLM(Gemma2Config(**sizes | caps | changes))  # type: ignore[arg-type]
     for name, parameter in model.named_parameters():
         if "norm" in name:  # zero by default: all norms would be alike

@@ -221,7 +221,13 @@ def merge_kernel(
 
 
 def split_for(
-    pairs: int, group: int, cache: Tensor, window: int, most: int, config: Decode | None, tables: dict[int, dict[tuple[str, str], Decode]] = LAUNCH
+    pairs: int,
+    group: int,
+    cache: Tensor,
+    window: int,
+    most: int,
+    config: Decode | None,
+    tables: dict[int, dict[tuple[str, str], Decode]] = LAUNCH,
 ) -> tuple[Decode, int, int]:
     """(launch, positions a program takes per step, splits of the positions) for a cache [B, groups, N, D]."""
     (positions, dim), device = cache.shape[2:], cache.device
@@ -232,9 +238,7 @@ def split_for(
     return config, keys, max(1, min(config.programs * multiprocessors(device) // pairs, blocks, most))
 
 
-def scratch(
-    batch: int, slots: int, splits: int, group: int, out: Tensor, fused: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def scratch(batch: int, slots: int, splits: int, group: int, out: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Partial outputs, their log-sum-exps and semaphores of the programs of every slot; `out` where there are none."""
     if splits == 1:
         return out, out, out
@@ -367,7 +371,7 @@ def token_kernel(
     SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, MERGED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
     UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One split of a group, rotation and cache write included: what `rope_kernel` and `attention_kernel` do, of one row.
+    """One split of a group, rotation and cache write included: as `rope_kernel` and `attention_kernel` of one row.
 
     Cached positions do not depend on the projections, so that the first of them are read before those are there. The
     last split has the new position: it writes it to the cache and attends to it as it is.
