@@ -173,6 +173,9 @@ class _Trainer:
         student = self._student(self.trained[eta])
         losses = student.train_hard(self.options.stage2_steps, label, self._file(eta, 2))
         usage = expert_usage(student.student, self.data.calibration)
+        reached, tolerance = mean_density(usage), self.options.tolerance
+        if abs(self.density[eta] - density) <= tolerance:
+            why = f"stage 2 moved it from {self.density[eta]:.3f}"
         manifest = {
             "corpus": self.data.corpus,
             "seed": self.data.seed,
@@ -180,10 +183,10 @@ class _Trainer:
             "search": {f"{e:.4g}": round(d, 4) for e, d in sorted(self.density.items())},
             "lr": self.tuning.lr,
             "stage1_density": round(self.density[eta], 4),
-            "target_reached": abs(self.density[eta] - density) <= self.options.tolerance,
+            "target_reached": abs(reached - density) <= tolerance,
             "stage2_loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]],
-            "stage2_density": round(mean_density(usage), 4),
-            "notes": self.notes + missed(density, self.density[eta], why, self.options.tolerance),
+            "stage2_density": round(reached, 4),
+            "notes": self.notes + missed(density, reached, why, tolerance),
             "warnings": warnings(usage),
             "tokens": self.tokens + self.tuning.tokens(self.options.stage2_steps),
             "seconds": round(self.seconds + perf_counter() - start, 1),

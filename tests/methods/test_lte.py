@@ -264,6 +264,18 @@ def test_a_density_out_of_reach_is_told_in_the_record() -> None:
     assert any("instead of 0.01: the nearest of at most 1 trials" in note for note in artifact.manifest["notes"])
 
 
+def test_a_density_that_stage_2_moves_is_told_in_the_record() -> None:
+    """The search sees stage 1; what counts is what the artifact does."""
+    spec = "lte:stage1_steps=1:stage2_steps=40:lr=0.05:trials=1:batch=2:tolerance={}"
+    (wide,) = parse(spec.format(0.9)).prepare(llama(), data(), [0.5])
+    moved = abs(wide.manifest["stage2_density"] - wide.manifest["stage1_density"])
+    assert wide.manifest["target_reached"] and not wide.manifest["notes"] and moved > 0.02
+    target = wide.manifest["stage1_density"]
+    (artifact,) = parse(spec.format(0.01)).prepare(llama(), data(), [target])
+    assert not artifact.manifest["target_reached"]
+    assert any("stage 2 moved it from" in note for note in artifact.manifest["notes"])
+
+
 def test_a_width_that_experts_do_not_divide_is_explained() -> None:
     reason = parse("lte").why_not(llama(intermediate_size=172).config)
     assert reason and "172" in reason and "expert_size=4" in reason or "expert_size=" in str(reason)
