@@ -27,6 +27,7 @@ from sparse_kernels import (
     threshold_linear,
     token_attention,
 )
+from sparse_kernels.attention.launch import one_launch
 from sparse_kernels.heads import SelectiveHeads
 from sparse_kernels.layers import FAST_ROWS, ExpertFFN, SparseLayer, SparseLinear
 from sparse_kernels.neuron_ffn.launch import takes_rows
@@ -209,9 +210,8 @@ class FastBlock:
         batch = hidden_states.shape[0]
         h = hidden_states[:, 0]
         if self.index == 0:
-            step.lengths = (layer.cumulative_length.reshape(1) + 1).int()
+            step.lengths = None
             step.hidden = None
-        assert step.lengths is not None
         stats = step.stats if step.hidden is hidden_states and step.stats is not None else row_stats(h)
 
         if "attn_norm" in self.taps:
@@ -226,13 +226,14 @@ class FastBlock:
         cos, sin = (t if t is None else t[:, 0].contiguous() for t in embeddings)
         token = (q, k, v, cos, sin, position, layer.keys, layer.values, self.query_norm, self.key_norm, self.head_eps)
         lists = None if self.heads is None else self.heads.lists(batch)
-        # Every split adds the parts of the query: too many where a group has several heads.
-        if batch == 1 and lists is None and (len(qkv) == 1 or q.shape[-2] == k.shape[-2]):
+        if lists is None and one_launch(q, k):
             mixed = token_attention(*token, self.scale, self.scaled_query, self.softcap)
         else:
             q = rope_cache_write(*token)
             # A query that the model scales itself is rounded before the product with the keys.
             q, scale = (q * self.scale, 1.0) if self.scaled_query else (q, self.scale)
+            if step.lengths is None:  # of the layers alike
+                step.lengths = (position + 1).int()
             mixed = attention_decode(q, layer.keys, layer.values, step.lengths, lists, scale, softcap=self.softcap)
         mixed = mixed.view(batch, -1)
         if self.heads is not None and lists is None:

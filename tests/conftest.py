@@ -20,6 +20,8 @@ KERNEL_MODULES = (
     "expert_ffn.kernel",
     "neuron_ffn.kernel",
     "attention.kernel",
+    "attention.rope",
+    "attention.row",
     "spark_attention.kernel",
     "stream",
 )

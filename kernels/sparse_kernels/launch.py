@@ -23,7 +23,6 @@ class Launch:
     columns: weight columns it takes per step.
     warps, stages: warps per program and depth of the software pipeline.
     programs: programs per multiprocessor that the fixed grid aims at.
-    early: whether they start while the kernel before still runs.
     """
 
     rows: int
@@ -31,7 +30,6 @@ class Launch:
     warps: int
     stages: int
     programs: int
-    early: bool = True
 
 
 @dataclass(frozen=True)
@@ -42,14 +40,12 @@ class Rows:
     longer, and warps in proportion to the row.
     stages: depth of the software pipeline.
     programs: programs per multiprocessor.
-    early: whether they start while the kernel before still runs.
     """
 
     rows: int
     warps: int
     stages: int
     programs: int
-    early: bool = True
 
     def fit(self, width: int, itemsize: int) -> tuple[int, int]:
         """Rows and warps for rows of `width` elements."""

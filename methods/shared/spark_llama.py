@@ -82,10 +82,8 @@ class SparkAttention(LlamaAttention):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         cache: Any = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        cache = past_key_values if cache is None else cache  # the name that older versions of transformers give it
         q, k, v = self.project(hidden_states, position_embeddings, cache, kwargs)
         k, v = (repeat_kv(t, self.num_key_value_groups) for t in (k, v))
         arguments = q, k, v, visible_tokens(q, k, attention_mask), self.attended
@@ -106,6 +104,7 @@ class SparkAttention(LlamaAttention):
         cos, sin = (halved(t) for t in embeddings)
         rotated = [apply_rotary_pos_emb(a, b, cos, sin) for a, b in zip(q.chunk(2, -1), k.chunk(2, -1), strict=True)]
         q, k = (torch.cat(parts, -1) for parts in zip(*rotated, strict=True))
+        cache = kwargs.get("past_key_values") if cache is None else cache  # as older versions of transformers call it
         return (q, *cache.update(k, v, self.layer_idx, kwargs=kwargs)) if cache is not None else (q, k, v)
 
 
@@ -154,11 +153,9 @@ class SparkAttentionLayer(SparseLayer):
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
         cache: Any = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         module = self.module
-        cache = past_key_values if cache is None else cache
         q, k, v = module.project(hidden_states, position_embeddings, cache, kwargs)
         visible = visible_tokens(q, k, attention_mask)
         if hidden_states.shape[1] == 1 and self.fast(hidden_states):

@@ -15,6 +15,8 @@ from triton.backends.compiler import GPUTarget
 
 from sparse_kernels import ACTIVATIONS, bandwidth
 from sparse_kernels.attention import kernel as attention
+from sparse_kernels.attention import rope as attention_rope
+from sparse_kernels.attention import row as attention_row
 from sparse_kernels.expert_ffn import kernel as expert_ffn
 from sparse_kernels.glue import kernel as glue
 from sparse_kernels.input_linear import kernel as linear
@@ -24,7 +26,19 @@ from sparse_kernels.neuron_ffn import kernel as neuron_ffn
 from sparse_kernels.selection import kernel as selection
 from sparse_kernels.spark_attention import kernel as spark
 
-MODULES = (attention, selection, glue, linear, linear_row, expert_ffn, neuron_ffn, spark, bandwidth)
+MODULES = (
+    attention,
+    attention_rope,
+    attention_row,
+    selection,
+    glue,
+    linear,
+    linear_row,
+    expert_ffn,
+    neuron_ffn,
+    spark,
+    bandwidth,
+)
 
 
 class Driver:
@@ -224,16 +238,16 @@ def compile_attention() -> None:
     qkv, cache = torch.empty(1, 48, 128, dtype=torch.bfloat16), torch.empty(1, 8, 4096, 128, dtype=torch.bfloat16)
     table, place = torch.empty(1, 128, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int64)
     for tables, norm in (((table, table), table[0]), ((None, None), None)):
-        attention.rope_cache_write(*qkv.split([32, 8, 8], 1), *tables, place, cache, cache, norm, norm, 1e-6)
+        attention_rope.rope_cache_write(*qkv.split([32, 8, 8], 1), *tables, place, cache, cache, norm, norm, 1e-6)
     for parts in (22, 66):
         split = torch.empty(parts, 1, 48, 128).split([32, 8, 8], 2)
-        attention.rope_cache_write(*split, table, table, place, cache, cache, norm, norm, 1e-6)
-        attention.token_attention(*split, table, table, place, cache, cache, norm, norm, 1e-6, 0.1, True, 5.0)
+        attention_rope.rope_cache_write(*split, table, table, place, cache, cache, norm, norm, 1e-6)
+        attention_row.token_attention(*split, table, table, place, cache, cache, norm, norm, 1e-6, 0.1, True, 5.0)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for groups, dim in ((32, 128), (8, 128), (32, 80), (4, 256)):
             table, cache = torch.empty(1, dim, dtype=dtype), torch.empty(1, groups, 576, dim, dtype=dtype)
             heads = torch.empty(1, 32 + 2 * groups, dim, dtype=dtype).split([32, groups, groups], 1)
-            attention.token_attention(*heads, table, table, place, cache, cache, None, None, 1e-6, 0.1, False, 0.0)
+            attention_row.token_attention(*heads, table, table, place, cache, cache, None, None, 1e-6, 0.1, False, 0.0)
 
 
 if __name__ == "__main__":

@@ -38,12 +38,12 @@ def test_every_kernel_compiles(launches):
 
 
 @pytest.mark.parametrize("dtype", ["torch.bfloat16", "torch.float16"])
-@pytest.mark.parametrize(
-    "kernel, batch", [(k, b) for k in ("linear_kernel", "hidden_kernel", "score_kernel") for b in (1, 16, 64)][1:]
-)
+@pytest.mark.parametrize("kernel", ["linear_kernel", "hidden_kernel", "score_kernel"])
+@pytest.mark.parametrize("batch", [1, 16, 64])
 def test_weights_load_sixteen_bytes_at_a_time(launches, kernel, dtype, batch):
     found = [r for r in launches if (r["kernel"], r["batch"]) == (kernel, batch) and dtype in r["dtypes"]]
-    assert found and all(r["wide_loads"] >= 4 for r in found)
+    assert bool(found) == ((kernel, batch) != ("linear_kernel", 1))  # `listed_kernel` serves one row
+    assert all(r["wide_loads"] >= 4 for r in found)
     assert all(r["matrix"] == (batch > 1) for r in found)
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Decode:
@@ -47,3 +49,12 @@ def regime(pairs: int, group: int, multiprocessors: int) -> tuple[str, str]:
     splits = multiprocessors // pairs
     part = "whole" if splits == 0 else "quarters" if splits <= 4 else "sixteenths" if splits <= 16 else "slivers"
     return "heads" if group == 1 else "groups", part
+
+
+def one_launch(query: Tensor, key: Tensor) -> bool:
+    """Whether `token_attention` serves these projections: one row, finished or of single heads.
+
+    Every split adds the parts of its group's query and key, too many where a group has several heads.
+    """
+    finished = query.dim() == 3 or len(query) == 1
+    return query.shape[-3] == 1 and (finished or query.shape[-2] == key.shape[-2])

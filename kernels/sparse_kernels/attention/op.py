@@ -264,9 +264,9 @@ def _rope_cache_write(
     arguments = (query, key, value, cos, sin, position, key_cache, value_cache, query_norm, key_norm, eps)
     if not use_triton(query):
         return naive.rope_cache_write(*arguments)
-    from sparse_kernels.attention import kernel
+    from sparse_kernels.attention import rope
 
-    return kernel.rope_cache_write(*arguments)
+    return rope.rope_cache_write(*arguments)
 
 
 @_rope_cache_write.register_fake
@@ -295,9 +295,9 @@ def _token_attention(
     arguments += (scale, scaled_query, softcap)
     if not use_triton(query):
         return naive.token_attention(*arguments)
-    from sparse_kernels.attention import kernel
+    from sparse_kernels.attention import row
 
-    return kernel.token_attention(*arguments)
+    return row.token_attention(*arguments)
 
 
 @_token_attention.register_fake

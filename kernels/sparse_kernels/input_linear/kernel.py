@@ -21,9 +21,12 @@ from sparse_kernels.input_linear.vector import (
     constants,
     dealt,
     layer_input,
+    limit_of,
+    listed_at,
     prepared,
     selected,
     selecting,
+    share_of_list,
 )
 from sparse_kernels.launch import Launch, interpreting, padded_batch, power_of_2, run
 
@@ -57,23 +60,19 @@ def fill_kernel(
     values = list_value + lists.to(tl.int64) * (BATCH * SLOTS) + row * SLOTS
     begin(PDL)
     if SELECT == "list":
-        listed = tl.load(total) * GROUP
-        start = (listed.to(tl.int64) * split // splits).to(tl.int32)
-        count = (listed.to(tl.int64) * (split + 1) // splits).to(tl.int32) - start
+        start, count = share_of_list(total, split, splits, GROUP)
     else:
         count = 0
     for first in range(0, SLICE, CHUNK):
         j = first + tl.arange(0, CHUNK)
         if SELECT == "list":
             inside_k = j < count
-            k = tl.load(index + (start + j) // GROUP, mask=inside_k, other=0) * GROUP + (start + j) % GROUP
+            k = listed_at(index, start + j, inside_k, GROUP)
         else:
             k = dealt(j, split, splits)
             inside_k = k < K
-        if CHANNELWISE:
-            limit = tl.load(threshold + segment * K + k, mask=inside_k, other=0.0)
-        elif LIMIT:
-            limit = tl.load(threshold + segment)
+        if LIMIT:
+            limit = limit_of(threshold, segment, k, inside_k, K, CHANNELWISE)
         weight, shift, middle = constants(k, inside_k, norm_weight, norm_bias, center, NORM, NORM_BIAS, CENTER)
         inside = inside_row & inside_k[None, :]
         v = layer_input(
@@ -293,7 +292,7 @@ def linear(
         splits, weight_t.stride(0), 0 if side_up is None else side_up.stride(0),
         SEGMENTS=segments, SIDE=side is not None, ALIGNED=all(w % 16 == 0 for w in widths), COLUMNS=columns,
         STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps,
-        pdl=config.early,
+        pdl=False,  # early programs would crowd on the multiprocessors that free up first
         **common,
     )  # fmt: skip
     return partial, list_count[: segments if select == "threshold" else 0]

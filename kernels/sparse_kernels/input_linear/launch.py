@@ -10,18 +10,17 @@ NARROW = 8192  # outputs below which the grid needs narrow tiles to fill the GPU
 STATS_TILE = 64  # columns of a tile of statistics, and of the kernel that adds partials
 
 
-# By architecture (90: Hopper), then batch padded to a tile and whether the output is narrow. Not early: the programs
-# would crowd on the multiprocessors that free up first.
+# By architecture (90: Hopper), then batch padded to a tile and whether the output is narrow.
 LAUNCH: dict[int, dict[tuple[int, bool], Launch]] = {
     90: {
-        (1, True): Launch(rows=4, columns=1024, warps=4, stages=4, programs=2, early=False),
-        (1, False): Launch(rows=4, columns=1024, warps=4, stages=4, programs=2, early=False),
-        (16, True): Launch(rows=32, columns=256, warps=4, stages=6, programs=2, early=False),
-        (16, False): Launch(rows=32, columns=256, warps=4, stages=6, programs=2, early=False),
-        (32, True): Launch(rows=32, columns=128, warps=4, stages=6, programs=3, early=False),
-        (32, False): Launch(rows=32, columns=128, warps=4, stages=6, programs=3, early=False),
-        (64, True): Launch(rows=32, columns=128, warps=4, stages=4, programs=2, early=False),
-        (64, False): Launch(rows=32, columns=128, warps=4, stages=4, programs=2, early=False),
+        (1, True): Launch(rows=4, columns=1024, warps=4, stages=4, programs=2),
+        (1, False): Launch(rows=4, columns=1024, warps=4, stages=4, programs=2),
+        (16, True): Launch(rows=32, columns=256, warps=4, stages=6, programs=2),
+        (16, False): Launch(rows=32, columns=256, warps=4, stages=6, programs=2),
+        (32, True): Launch(rows=32, columns=128, warps=4, stages=6, programs=3),
+        (32, False): Launch(rows=32, columns=128, warps=4, stages=6, programs=3),
+        (64, True): Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
+        (64, False): Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
     }
 }
 

@@ -21,9 +21,12 @@ from sparse_kernels.input_linear.vector import (
     constants,
     dealt,
     layer_input,
+    limit_of,
+    listed_at,
     prepared,
     selected,
     selecting,
+    share_of_list,
 )
 from sparse_kernels.launch import Launch, Rows, pick, power_of_2, run
 
@@ -53,18 +56,14 @@ def listed_kernel(
     j = tl.arange(0, SLICE)
     if SELECT == "list":
         begin(PDL)
-        listed = tl.load(total).to(tl.int64) * GROUP
-        start = (listed * split // splits).to(tl.int32)
-        count = (listed * (split + 1) // splits).to(tl.int32) - start
+        start, count = share_of_list(total, split, splits, GROUP)
         keep = j < count
-        k = tl.load(index + (start + j) // GROUP, mask=keep, other=0) * GROUP + (start + j) % GROUP
+        k = listed_at(index, start + j, keep, GROUP)
     else:
         k = dealt(j, split, splits)
         keep = k < K
-    if CHANNELWISE:
-        limit = tl.load(threshold + segment * K + k, mask=keep, other=0.0)
-    elif LIMIT:
-        limit = tl.load(threshold + segment)
+    if LIMIT:
+        limit = limit_of(threshold, segment, k, keep, K, CHANNELWISE)
     scale, shift, middle = constants(k, keep, norm_weight, norm_bias, center, NORM, NORM_BIAS, CENTER)
     if SELECT != "list":
         begin(PDL)
@@ -139,10 +138,7 @@ def masked_kernel(
     for step in tl.static_range(CHANNELS // ROWS):
         k = dealt(step * ROWS + tl.arange(0, ROWS), split, splits)
         inside = k < K
-        if CHANNELWISE:
-            limit = tl.load(threshold + segment * K + k, mask=inside, other=0.0)
-        else:
-            limit = tl.load(threshold + segment)
+        limit = limit_of(threshold, segment, k, inside, K, CHANNELWISE)
         scale, shift, middle = constants(k, inside, norm_weight, norm_bias, center, NORM, NORM_BIAS, CENTER)
         if step == 0:
             begin(PDL)
@@ -229,7 +225,7 @@ def listed(
         stride_side=0 if side_up is None else side_up.stride(0), SELECT=select, GROUP=group, SEGMENTS=segments,
         LIMIT=threshold is not None, ALIGNED=all(w % 16 == 0 for w in widths), SIDE=side is not None, SLICE=slice_,
         ROWS=config.rows, COLUMNS=columns, STAGES=config.stages, num_warps=config.warps,
-        pdl=config.early,
+        pdl=False,  # early programs would crowd on the multiprocessors that free up first
         **prepared(x, 1, **vector), **selecting(threshold, invert),
     )  # fmt: skip
     return partial, counts
@@ -271,6 +267,6 @@ def rows(x: Tensor, weight_t: Tensor, dtype: torch.dtype, config: Rows | None = 
     run(
         rows_kernel, (config.count(width, x.device),), x,
         weight=weight_t, out=y, N=width, stride_w=weight_t.stride(1), K=channels, WIDTH=power_of_2(channels),
-        ROWS=step, STAGES=config.stages, num_warps=warps, pdl=config.early, **prepared(x, 1, **vector),
+        ROWS=step, STAGES=config.stages, num_warps=warps, **prepared(x, 1, **vector),
     )  # fmt: skip
     return y

@@ -22,6 +22,30 @@ def dealt(j, split, splits):
 
 
 @triton.jit
+def share_of_list(total, split, splits, GROUP: tl.constexpr):
+    """The first slot of a split's even share of a list of groups of channels, and how many slots it has."""
+    listed = tl.load(total).to(tl.int64) * GROUP
+    start = (listed * split // splits).to(tl.int32)
+    return start, (listed * (split + 1) // splits).to(tl.int32) - start
+
+
+@triton.jit
+def listed_at(index, slot, inside, GROUP: tl.constexpr):
+    """The channels at slots of a list of groups."""
+    return tl.load(index + slot // GROUP, mask=inside, other=0) * GROUP + slot % GROUP
+
+
+@triton.jit
+def limit_of(threshold, segment, k, inside, K, CHANNELWISE: tl.constexpr):
+    """The threshold of a segment, or of every channel of it."""
+    if CHANNELWISE:
+        limit = tl.load(threshold + segment * K + k, mask=inside, other=0.0)
+    else:
+        limit = tl.load(threshold + segment)
+    return limit
+
+
+@triton.jit
 def row_scale(
     stats, row, inside_row, K, TILES: tl.constexpr, PADDED: tl.constexpr, TILE: tl.constexpr, NORM: tl.constexpr,
     EPS: tl.constexpr, AXIS: tl.constexpr,

@@ -308,7 +308,7 @@ def fused(
         SLOTS=triton.cdiv(neurons, programs) if survivors else 0, GROUP=group,
         GATED=gate is not None, UP=up is not None, GATE_BIAS=gate_bias is not None, UP_BIAS=up_bias is not None,
         CENTER=center is not None, ACTIVATION=activation, D=width, WIDTH=power_of_2(width), OUT=out,
-        OUT_WIDTH=power_of_2(out), ROWS=rows, STAGES=config.stages, num_warps=warps, pdl=config.early,
+        OUT_WIDTH=power_of_2(out), ROWS=rows, STAGES=config.stages, num_warps=warps,
     )  # fmt: skip
     return partial
 
