@@ -65,7 +65,8 @@ process count the dense baselines too. Energy is the GPU's counter over 1.5 s of
 
 HOW_TO_READ_BREAKDOWN = """\
 From a trace of 8 replays of the decode runtime; tracing slows a step a little. Fused kernels count where most of their
-time goes: the norm before a linear layer is in *selection*, in a dense step too. *Idle*: no kernel ran."""
+time goes: the norm and the threshold before a linear layer are in *linears* for one token, in *selection* for more, and
+in older rows, in a dense step too. *Idle*: no kernel ran."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
