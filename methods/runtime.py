@@ -259,8 +259,7 @@ class FastBlock:
                 h, stats = add_parts(parts, h, constant)
             else:
                 y = whole(x, down_bias=self.down.bias) if whole else self._feed(x)
-                h = h + (self.after[1](y) if self.after else y)
-                stats = row_stats(h)
+                h, stats = add_parts((self.after[1](y) if self.after else y)[None], h)
         if self.last:
             torch._foreach_add_([entry.cumulative_length for entry in cache.layers], 1)
         step.hidden, step.stats = h[:, None], stats

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ACTIVATIONS, expert_ffn_prefill, expert_hidden, input_linear, neuron_ffn, threshold_linear
+from . import ACTIVATIONS, expert_ffn_prefill, expert_hidden, glu, input_linear, neuron_ffn, threshold_linear
 from .expert_ffn.launch import CROSSOVER
 from .input_linear.launch import union
 from .neuron_ffn.launch import takes_rows
@@ -335,13 +335,14 @@ class ExpertFFN(SparseLayer):
         self.materialize()
         if len(rows) == 1:
             return self._listed(rows, *self._own(rows, selector))
+        if not selector.shared and self.crowded(len(rows), CROSSOVER):
+            self.count = None  # every row as it chose, of a product that reads everything
+            score, limit = selector.choices(rows)
+            first, second = (self.up(rows), None) if self.gate is None else (self.gate(rows), self.up(rows))
+            return self.down(glu(first, second, self.activation, score=score, limit=limit, other=self.mean))
         score, threshold, index, self.count = selector.select(rows)
         if selector.shared:
             return self._listed(rows, index, self.count)
-        if self.crowded(len(rows), CROSSOVER):
-            self.count = None  # every row as it chose, of a product that reads everything
-            others = 0 if self.mean is None else self.mean.view(self.units, -1)
-            return self.down(torch.where((score > threshold)[..., None], self.hidden(rows), others).flatten(-2))
         gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
         up, up_bias, act = self.up.weight, self.up.bias, self.activation
         h = expert_hidden(rows, gate, up, gate_bias, up_bias, score, threshold, index, self.count, act)

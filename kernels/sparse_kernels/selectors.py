@@ -97,6 +97,11 @@ class Selector(nn.Module, ABC):
         """
         raise NotImplementedError
 
+    def choices(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Fast path for rows [B, d], without a list: (score [B, units], limit [1]) as `select` has them, or what every
+        row runs as bool [B, units], and None."""
+        return self.select(rows)[:2]
+
     def idle(self, rows: int) -> bool:
         """Whether a batch of this many rows is better served by all units."""
         return False
@@ -154,6 +159,11 @@ class Router(Selector):
         if self.rule != "top-k":
             raise NotImplementedError("rows select for themselves by top-k only")
         return top_k(self._scores(self.heard(rows)), self.k)
+
+    def choices(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.rule == "top-k":
+            return to_mask(*self.lists(rows), self.units), None
+        return (self._scores(self.heard(rows)), self.threshold) if self.rule == "threshold" else super().choices(rows)
 
     def select(self, rows: Tensor) -> Selected:
         rows = self.heard(rows)

@@ -186,6 +186,9 @@ def compile_glue() -> None:
             glue.residual_norm(parts, row[:, :4096], weight[:4096], weight[:4096], 1e-5, "layer")
             glue.glu(x[:, :11008], x[:, :11008], "silu")
             glue.glu(x[:, :11008], None, "relu")
+            score = torch.empty(batch, 344)
+            glue.glu(x[:, :11008], x[:, :11008], "silu", score, score[0, :1], x[0])
+            glue.glu(x[:, :11008], None, "relu", score > 0)
 
 
 def compile_ffn(one: torch.Tensor) -> None:

@@ -121,19 +121,20 @@ def test_a_dense_pass_between_leaves_the_count_of_the_sparse_one(device):
     assert count is not None and layer.count is count
 
 
-@pytest.mark.parametrize("compensated", [False, True])
-def test_rows_that_need_most_experts_between_them_are_multiplied_densely(device, compensated):
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gated, compensated", [(True, False), (True, True), (False, False)])
+def test_rows_that_need_most_experts_between_them_are_multiplied_densely(device, kind, gated, compensated):
     torch.manual_seed(2)
     mean = torch.randn(UNITS * SIZE, device=device) if compensated else None
-    selector = router("moefication", device)
-    layer, x = ffn(selector, True, mean, device), torch.randn(5, WIDTH, device=device)
+    selector = router(kind, device)
+    layer, x = ffn(selector, gated, mean, device), torch.randn(5, WIDTH, device=device)
     listed = layer._skip(x, selector)
     assert layer.count is not None
     layer.density = 2 / UNITS
     assert torch.allclose(layer._skip(x, selector), listed, atol=1e-5)
     assert layer.count is None  # everything was read
     layer._skip(x[:1], selector)
-    assert int(layer.count) == 2  # one row keeps what it keeps
+    assert int(layer.count) == int(selector(x[:1], layer.hidden(x[:1])).sum())  # one row keeps what it keeps
 
 
 @pytest.mark.parametrize("kind", KINDS)

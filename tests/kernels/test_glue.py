@@ -131,6 +131,23 @@ def test_glu_lists_all_and_none(device, batch, limit, share):
     assert int(count) == 1100 * share and (share == 0 or index.tolist() == list(range(1100)))
 
 
+@pytest.mark.parametrize("batch, blocks, size", [(1, 1, 5), (3, 7, 32), (8, 90, 1), (64, 3, 50)])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("filled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_glu_keeps_the_blocks_a_row_chose(device, batch, blocks, size, masked, filled, dtype):
+    torch.manual_seed(0)
+    gate, up = torch.randn(2, batch, blocks * size, device=device).to(dtype)
+    score = torch.randn(batch, blocks, device=device)
+    limit, other = torch.full((1,), 0.2, device=device), torch.randn(blocks * size, device=device).to(dtype)
+    keep = (score > limit).repeat_interleave(size, 1)
+    gate[~keep] = torch.nan  # what is not chosen does not show
+    chosen = dict(score=score > limit) if masked else dict(score=score, limit=limit)
+    h = glu(gate, up, "silu", other=other if filled else None, **chosen)
+    assert h.dtype == dtype and torch.equal(h[~keep], other.expand_as(h)[~keep] if filled else 0 * up[~keep])
+    assert close(h[keep][None], naive.glu(*double(gate[keep][None], up[keep][None]), "silu"))
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_glue_twice_is_the_same_to_the_bit(device, batch):
     x, residual, weight, _ = stream(batch, 300, device)
@@ -169,6 +186,12 @@ def test_residual_norm_outside_its_domain(change, message):
         (dict(up=torch.randn(2, 7)), "up must have shape"),
         (dict(up=torch.randn(2, 8).half()), "up must be torch.float32"),
         (dict(threshold=torch.zeros(5)), "threshold must be a contiguous"),
+        (dict(limit=torch.zeros(1)), "need a score"),
+        (dict(score=torch.zeros(2, 3), limit=torch.zeros(1)), "a divisor of 8"),
+        (dict(score=torch.zeros(1, 4), limit=torch.zeros(1)), "a divisor of 8"),
+        (dict(score=torch.zeros(2, 4)), "score must be contiguous torch.bool"),
+        (dict(score=torch.zeros(2, 4), limit=torch.zeros(8)), "threshold must be a contiguous"),
+        (dict(score=torch.zeros(2, 4), limit=torch.zeros(1), other=torch.zeros(4)), "other must have shape"),
     ],
 )
 def test_glu_outside_its_domain(change, message):
@@ -184,6 +207,7 @@ def test_glue_is_well_formed():
     opcheck(ops.residual_norm, (torch.randn(3, 2, 24), None, weight, bias, 1e-5, "layer"))
     opcheck(ops.glu, (x, residual, "silu"))
     opcheck(ops.glu, (x, None, "relu"))
+    opcheck(ops.glu, (x, residual, "silu", torch.randn(2, 4), torch.zeros(1), bias))
 
 
 def block(x, residual, weight):

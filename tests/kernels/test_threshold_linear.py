@@ -99,11 +99,10 @@ def test_threshold_linear_gates_its_input(device, batch, select, glu):
     assert close(y, expected(x, weight_t, threshold, [90], activation=glu, gated=True)[0])
 
 
-@pytest.mark.parametrize("segments", SEGMENTS)
+@pytest.mark.parametrize("widths", [*SEGMENTS.values(), [100, 100]])
 @pytest.mark.parametrize("partial", [True, False])
-def test_a_batch_that_needs_most_channels_is_multiplied_densely(device, segments, partial):
+def test_a_batch_that_needs_most_channels_is_multiplied_densely(device, widths, partial):
     x, weight_t = make(7, 133, 200, device)
-    widths = SEGMENTS[segments]
     threshold = limits(len(widths), device)
     y, counts, _ = threshold_linear(x, weight_t, threshold, widths, density=0.5, partial=partial)
     y = y.sum(0) if partial else y
@@ -126,9 +125,10 @@ def test_parts_are_summed_by_the_next_layer(device, batch, select, gated):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("batch, parts", [(1, 1), (1, 130), (3, 7)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_parts_are_added_to_the_residual(device, dtype, batch, parts, biased):
+@pytest.mark.parametrize("narrow", [True, False])
+def test_parts_are_added_to_the_residual(device, dtype, batch, parts, biased, narrow):
     torch.manual_seed(0)
-    given = torch.randn(parts, batch, 150, device=device)
+    given = torch.randn(parts, batch, 150, device=device).to(dtype if narrow else torch.float32)
     residual, bias = torch.randn(batch, 150, device=device).to(dtype), torch.randn(150, device=device).to(dtype)
     bias = bias if biased else None
     y, stats = add_parts(given, residual, bias)

@@ -51,21 +51,32 @@ def norm_kernel(
 
 @triton.jit
 def glu_kernel(
-    gate, up, h, B, F, stride_gate, stride_up,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BATCH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    gate, up, score, limit, other, h, B, F, blocks, stride_gate, stride_up,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, CHOSEN: tl.constexpr, LIMIT: tl.constexpr, OTHER: tl.constexpr,
+    GROUP: tl.constexpr, BATCH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    """h = act(gate) * up, where CHOSEN in the blocks of GROUP channels that a row's score (or mask) selects."""
     DTYPE: tl.constexpr = h.dtype.element_ty
     f = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))[None, :]
     b = tl.arange(0, BATCH).to(tl.int64)[:, None]
     inside = (b < B) & (f < F)
+    if LIMIT:
+        least = tl.load(limit)
+    if OTHER:
+        rest = tl.load(other + f, mask=f < F, other=0.0)
     begin(PDL)
+    if CHOSEN:
+        chosen = tl.load(score + b * blocks + f // GROUP, mask=inside, other=0)
     v = tl.load(gate + b * stride_gate + f, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         u = tl.load(up + b * stride_up + f, mask=inside, other=0.0).to(tl.float32)
     v = activate(v, ACTIVATION)
     if GATED:
         v = rounded(v, DTYPE) * u
-    tl.store(h + b * F + f, v.to(DTYPE), mask=inside)
+    v = v.to(DTYPE)
+    if CHOSEN:
+        v = tl.where(chosen > least if LIMIT else chosen != 0, v, rest if OTHER else tl.zeros_like(v))
+    tl.store(h + b * F + f, v, mask=inside)
 
 
 def residual_norm(
@@ -90,16 +101,26 @@ def residual_norm(
     return h, y
 
 
-def glu(gate: Tensor, up: Tensor | None, activation: str, config: Scan | None = None) -> Tensor:
+def glu(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    score: Tensor | None = None,
+    limit: Tensor | None = None,
+    other: Tensor | None = None,
+    config: Scan | None = None,
+) -> Tensor:
     (batch, width), device = gate.shape, gate.device
     config = config or pick(LAUNCH, device)["glu"]
     h = torch.empty(batch, width, dtype=gate.dtype, device=device)
-    rows = power_of_2(batch)
+    rows, blocks = power_of_2(batch), 1 if score is None else score.shape[1]
     block = max(32, min(config.block // rows, power_of_2(width)))
     run(
         glu_kernel, (triton.cdiv(width, block),),
-        gate, up, h, batch, width, gate.stride(0), 0 if up is None else up.stride(0),
-        GATED=up is not None, ACTIVATION=activation, BATCH=rows, BLOCK=block,
+        gate, up, score if score is None or limit is not None else score.view(torch.int8), limit, other, h,
+        batch, width, blocks, gate.stride(0), 0 if up is None else up.stride(0),
+        GATED=up is not None, ACTIVATION=activation, CHOSEN=score is not None, LIMIT=limit is not None,
+        OTHER=other is not None, GROUP=width // blocks, BATCH=rows, BLOCK=block,
         num_warps=config.warps_for(block * rows),
     )  # fmt: skip
     return h

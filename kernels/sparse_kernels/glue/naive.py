@@ -26,7 +26,18 @@ def residual_norm(
     return h, norm(h, weight, bias, eps, kind)
 
 
-def glu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
-    """act(gate) * up [B, F], or act(gate)."""
+def glu(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    score: Tensor | None = None,
+    limit: Tensor | None = None,
+    other: Tensor | None = None,
+) -> Tensor:
+    """act(gate) * up [B, F], or act(gate); `other`, or 0, in blocks of channels that a row did not choose."""
     h = ACTIVATIONS[activation](gate)
-    return h if up is None else h * up
+    h = h if up is None else h * up
+    if score is None:
+        return h
+    keep = (score if limit is None else score > limit).repeat_interleave(h.shape[1] // score.shape[1], 1)
+    return torch.where(keep, h, 0 if other is None else other)

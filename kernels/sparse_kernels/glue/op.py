@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparse_kernels.activations import ACTIVATIONS
 from sparse_kernels.glue import naive
-from sparse_kernels.launch import require, require_input, require_rows, use_triton
+from sparse_kernels.launch import require, require_input, require_rows, require_threshold, use_triton
 from sparse_kernels.selection.op import compact, require_scores
 
 KINDS = ("rms", "gemma", "layer")
@@ -64,13 +64,22 @@ def residual_norm(
 
 
 def glu(
-    gate: Tensor, up: Tensor | None = None, activation: str = "silu", threshold: Tensor | None = None
+    gate: Tensor,
+    up: Tensor | None = None,
+    activation: str = "silu",
+    threshold: Tensor | None = None,
+    score: Tensor | None = None,
+    limit: Tensor | None = None,
+    other: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Multiply the activated gate by up, and list the channels of the product that are above a threshold.
 
     gate: [B, F], 1 <= B <= 64, contiguous rows at any distance (so the halves of one [B, 2F] will do), float32,
     float16 or bfloat16. up: the same, or None for an ungated network. activation: one of ACTIVATIONS.
     threshold: float32 [1] or [F], a constant, or None.
+    score: float32 [B, N], N dividing F: a row keeps the blocks of F // N channels whose score is above limit, float32
+    [1]; or bool [B, N], without a limit, the blocks it keeps; or None. other: [F] in gate's dtype, what stands in the
+    rest; None for 0. limit and other are constants.
     Returns h [B, F] in gate's dtype, rounded after the activation and after the product as transformers' modules do;
     with a threshold (h, index int32 [F], count int32 [1]), the list of the channels in which |h| of any row is above
     it, as `compact` makes it. Raises ValueError outside this domain.
@@ -79,8 +88,24 @@ def glu(
     require(activation in ACTIVATIONS, "activation must be one of {}, got {}.", tuple(ACTIVATIONS), activation)
     if up is not None:
         require_rows("up", up, gate, gate.shape)
-    h = torch.ops.sparse_kernels.glu(gate, up, activation)
+    require(score is not None or (limit is None and other is None), "limit and other need a score.")
+    if score is not None:
+        _require_choice(gate, score, limit, other)
+    h = torch.ops.sparse_kernels.glu(gate, up, activation, score, limit, other)
     return h if threshold is None else (h, *compact(h, threshold))
+
+
+def _require_choice(gate: Tensor, score: Tensor, limit: Tensor | None, other: Tensor | None) -> None:
+    batch, width = gate.shape
+    kind = torch.bool if limit is None else torch.float32
+    fits = score.dim() == 2 and score.shape[0] == batch and score.shape[1] >= 1 and width % score.shape[1] == 0
+    require(fits, "score must be [{}, a divisor of {}], got {}.", batch, width, score.shape)
+    good = score.dtype == kind and score.is_contiguous() and score.device == gate.device
+    require(good, "score must be contiguous {} on {}, got {}.", kind, gate.device, score.dtype)
+    if limit is not None:
+        require_threshold(limit, gate, 1)
+    if other is not None:
+        require_rows("other", other, gate, (width,))
 
 
 @torch.library.custom_op("sparse_kernels::residual_norm", mutates_args=())
@@ -97,12 +122,19 @@ def _(x, residual, weight, bias, eps, kind):
 
 
 @torch.library.custom_op("sparse_kernels::glu", mutates_args=())
-def _glu(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
-    return implementation(gate).glu(gate, up, activation)
+def _glu(
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    score: Tensor | None = None,
+    limit: Tensor | None = None,
+    other: Tensor | None = None,
+) -> Tensor:
+    return implementation(gate).glu(gate, up, activation, score, limit, other)
 
 
 @_glu.register_fake
-def _(gate, up, activation):
+def _(gate, up, activation, score=None, limit=None, other=None):
     return gate.new_empty(gate.shape)
 
 

@@ -247,6 +247,10 @@ def dense(x: Tensor, weight_t: Tensor, widths: list[int], **prepare: Any) -> Ten
     if len(widths) == 1:
         return value[0] @ weight_t
     out = torch.empty(batch, width, dtype=weight_t.dtype, device=device)
+    if len(set(widths)) == 1:  # one product of a batch of matrices, which fills the GPU better than one after another
+        weights, results = (t.unflatten(1, (len(widths), -1)).transpose(0, 1) for t in (weight_t, out))
+        torch.bmm(value, weights, out=results)
+        return out
     for v, w, y in zip(value, weight_t.split(widths, 1), out.split(widths, 1), strict=True):
         torch.mm(v, w, out=y)
     return out

@@ -171,12 +171,12 @@ def row_stats(x: Tensor) -> Tensor:
 def add_parts(parts: Tensor, residual: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The sum of parts (+ bias), rounded, plus residual, and `row_stats` of that for the next norm, in one launch.
 
-    parts: float32 [P, B, N], contiguous, as `partial=True` leaves them; residual: [B, N], contiguous rows; bias: [N] in
-    residual's dtype. Returns (y [B, N] in residual's dtype, stats float32 [B, tiles, 2]); the order of the sum is
-    fixed. Raises ValueError outside this domain.
+    parts: [P, B, N] in float32 or residual's dtype, contiguous, as `partial=True` leaves them; residual: [B, N],
+    contiguous rows; bias: [N] in residual's dtype. Returns (y [B, N] in residual's dtype, stats
+    float32 [B, tiles, 2]); the order of the sum is fixed. Raises ValueError outside this domain.
     """
     require_input(residual)
-    fits = parts.dim() == 3 and parts.dtype == torch.float32 and parts.is_contiguous()
+    fits = parts.dim() == 3 and parts.dtype in (torch.float32, residual.dtype) and parts.is_contiguous()
     require(fits, "parts must be contiguous float32 [parts, batch, columns], got {} {}.", parts.dtype, parts.shape)
     require(parts.shape[1:] == residual.shape, "parts must end in {}, got {}.", residual.shape, parts.shape)
     require(parts.device == residual.device, "parts must be on {}, got {}.", residual.device, parts.device)
