@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ACTIVATIONS, gated_ffn, input_linear, router_scores, statistical_top_k
+from .input_linear.launch import CROSSOVER
 from .layers import Meter, Phase, SparseLayer
 from .selection.naive import statistical_threshold
 
@@ -108,13 +109,20 @@ class GateFirstFFN(SparseLayer):
         """rows [B, d]; reads the first matrix and what any row needs of the others."""
         self.materialize()
         left, right = self.inputs(rows)
-        if self.score == "output":
+        crowded = self.crowded(len(rows), CROSSOVER)
+        if crowded and self.score != "output":
+            u, activation = self.first(rows), self.activation
+        elif self.score == "output":
             u, activation = self._hidden(rows, self.first(rows)), "identity"
         else:
             matrix = self.up if self.gate is None else self.gate
             u, activation = router_scores(left, matrix.weight, matrix.bias), self.activation
         magnitude = self.score != "value"
         value, _, index, self.count = statistical_top_k(u, multiplier, self.soft, activation, magnitude)
+        if crowded:
+            self.count = None  # every row as it chose, of products that read everything
+            single = self.gate is None or self.score == "output"
+            return self.down(value if single else value * self.up(right))
         if self.gate is None or self.score == "output":
             return input_linear(value.to(rows.dtype), self.down_t, index, self.count, None, self.down.bias)
         return gated_ffn(right, value, self.up.weight, self.down_t, index, self.count, self.up.bias, self.down.bias)

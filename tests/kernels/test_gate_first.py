@@ -63,6 +63,15 @@ def test_both_paths_follow_the_definition(device, kind, rows):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_need_most_neurons_between_them_are_multiplied_densely(device, kind):
+    layer, x = ffn(kind, device=device), torch.randn(9, WIDTH, device=device)
+    layer.density = 0.3
+    assert torch.allclose(layer._skip(x, 0.5), definition(layer, x), atol=1e-5) and layer.count is None
+    layer._skip(x[:1], 0.5)
+    assert 0 < int(layer.count) < NEURONS  # one row keeps what it keeps
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_everything_on_is_the_dense_layer_bit_for_bit(kind):
     layer, x = ffn(kind, -math.inf), torch.randn(5, WIDTH)
     sparse = layer(x)
