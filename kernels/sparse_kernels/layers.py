@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ACTIVATIONS, expert_ffn_prefill, expert_hidden, glu, input_linear, neuron_ffn, threshold_linear
-from .expert_ffn.launch import CROSSOVER
+from .expert_ffn.launch import crossover
 from .input_linear.launch import union
 from .neuron_ffn.launch import takes_rows
 from .selectors import Selector
@@ -335,7 +335,11 @@ class ExpertFFN(SparseLayer):
         self.materialize()
         if len(rows) == 1:
             return self._listed(rows, *self._own(rows, selector))
-        if not selector.shared and self.crowded(len(rows), CROSSOVER):
+        if selector.shared:
+            crowded = selector.expected(len(rows)) > crossover(len(rows))
+        else:
+            crowded = self.crowded(len(rows), crossover(len(rows)))
+        if crowded:
             self.count = None  # every row as it chose, of a product that reads everything
             score, limit = selector.choices(rows)
             first, second = (self.up(rows), None) if self.gate is None else (self.gate(rows), self.up(rows))

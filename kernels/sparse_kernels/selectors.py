@@ -106,6 +106,10 @@ class Selector(nn.Module, ABC):
         """Whether a batch of this many rows is better served by all units."""
         return False
 
+    def expected(self, rows: int) -> float:
+        """The share of the units that a batch of this many rows runs, where it is `shared`."""
+        raise NotImplementedError
+
     def lists(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Fast path for rows [B, d] that select for themselves: (index int32 [B, S], count int32 [B])."""
         raise NotImplementedError
@@ -231,6 +235,13 @@ class BatchRouter(Router):
 
     def idle(self, rows: int) -> bool:
         return self.k_for(rows) == self.units
+
+    def expected(self, rows: int) -> float:
+        return self.k_for(rows) / self.units
+
+    def choices(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        _, _, index, count = self.select(rows)
+        return to_mask(index[None], count, self.units), None
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         assert self.tap is not None and self.tap.value is not None

@@ -8,7 +8,7 @@ from torch import nn
 
 from sparse_kernels import gaussian_multiplier
 from sparse_kernels.layers import ExpertFFN, Meter, Phase
-from sparse_kernels.selectors import Oracle, Router
+from sparse_kernels.selectors import BatchRouter, Oracle, Router, Tap
 
 WIDTH, UNITS, SIZE = 40, 6, 16
 
@@ -108,6 +108,21 @@ def test_parts_and_the_constant_are_the_whole(device, kind, compensated, monkeyp
     assert torch.allclose(parts.sum(0) + layer.constant, layer._skip(x, selector), atol=1e-5)
     assert int(layer.count) == int(selector(x, layer.hidden(x)).sum())
     assert layer.parts(x.repeat(2, 1)) is None  # rows of a batch do not share their neurons
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_a_batch_that_shares_its_units_runs_them_whatever_serves_it(device, k, monkeypatch):
+    torch.manual_seed(2)
+    selector = BatchRouter((torch.randn(16, WIDTH), torch.randn(UNITS, 16)), [k] * 7).to(device)
+    layer, x = ffn(selector, device=device), torch.randn(5, WIDTH, device=device)
+    selector.tap = Tap()
+    selector.tap.value = x
+    layer.materialize()
+    wanted = _reference(layer, x)
+    for share, count in ((1.0, k), (0.0, None)):  # by a list, and densely
+        monkeypatch.setattr("sparse_kernels.layers.crossover", lambda rows, share=share: share)
+        assert torch.allclose(layer._skip(x, selector), wanted, atol=1e-5)
+        assert (layer.count is None) if count is None else int(layer.count) == count
 
 
 def test_a_dense_pass_between_leaves_the_count_of_the_sparse_one(device):

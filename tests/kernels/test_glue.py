@@ -133,14 +133,14 @@ def test_glu_lists_all_and_none(device, batch, limit, share):
 
 @pytest.mark.parametrize("batch, blocks, size", [(1, 1, 5), (3, 7, 32), (8, 90, 1), (64, 3, 50)])
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("filled", [True, False])
+@pytest.mark.parametrize("filled, rows", [(True, 1), (False, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_glu_keeps_the_blocks_a_row_chose(device, batch, blocks, size, masked, filled, dtype):
+def test_glu_keeps_the_blocks_a_row_chose(device, batch, blocks, size, masked, filled, rows, dtype):
     torch.manual_seed(0)
     gate, up = torch.randn(2, batch, blocks * size, device=device).to(dtype)
-    score = torch.randn(batch, blocks, device=device)
+    score = torch.randn(rows or batch, blocks, device=device)
     limit, other = torch.full((1,), 0.2, device=device), torch.randn(blocks * size, device=device).to(dtype)
-    keep = (score > limit).repeat_interleave(size, 1)
+    keep = (score > limit).repeat_interleave(size, 1).expand(batch, -1)
     gate[~keep] = torch.nan  # what is not chosen does not show
     chosen = dict(score=score > limit) if masked else dict(score=score, limit=limit)
     h = glu(gate, up, "silu", other=other if filled else None, **chosen)
@@ -188,7 +188,7 @@ def test_residual_norm_outside_its_domain(change, message):
         (dict(threshold=torch.zeros(5)), "threshold must be a contiguous"),
         (dict(limit=torch.zeros(1)), "need a score"),
         (dict(score=torch.zeros(2, 3), limit=torch.zeros(1)), "a divisor of 8"),
-        (dict(score=torch.zeros(1, 4), limit=torch.zeros(1)), "a divisor of 8"),
+        (dict(score=torch.zeros(3, 4), limit=torch.zeros(1)), "a divisor of 8"),
         (dict(score=torch.zeros(2, 4)), "score must be contiguous torch.bool"),
         (dict(score=torch.zeros(2, 4), limit=torch.zeros(8)), "threshold must be a contiguous"),
         (dict(score=torch.zeros(2, 4), limit=torch.zeros(1), other=torch.zeros(4)), "other must have shape"),

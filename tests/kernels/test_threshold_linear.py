@@ -108,6 +108,11 @@ def test_a_batch_that_needs_most_channels_is_multiplied_densely(device, widths, 
     y = y.sum(0) if partial else y
     wanted = expected(x, weight_t, threshold, widths)[0]
     assert (y - wanted).norm() < 1e-5 * wanted.norm() and counts.numel() == 0
+    bias = torch.randn(200, device=device)
+    for residual in (None, torch.randn(7, 200, device=device)):
+        y = threshold_linear(x, weight_t, threshold, widths, density=0.5, bias=bias, residual=residual)[0]
+        shifted = wanted + bias + (0 if residual is None else residual)
+        assert (y - shifted).norm() < 1e-5 * shifted.norm()
 
 
 @pytest.mark.parametrize("batch, select", [(1, "list"), (1, "mask"), (3, "auto")])

@@ -51,7 +51,7 @@ def norm_kernel(
 
 @triton.jit
 def glu_kernel(
-    gate, up, score, limit, other, h, B, F, blocks, stride_gate, stride_up,
+    gate, up, score, limit, other, h, B, F, stride_score, stride_gate, stride_up,
     GATED: tl.constexpr, ACTIVATION: tl.constexpr, CHOSEN: tl.constexpr, LIMIT: tl.constexpr, OTHER: tl.constexpr,
     GROUP: tl.constexpr, BATCH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -66,7 +66,7 @@ def glu_kernel(
         rest = tl.load(other + f, mask=f < F, other=0.0)
     begin(PDL)
     if CHOSEN:
-        chosen = tl.load(score + b * blocks + f // GROUP, mask=inside, other=0)
+        chosen = tl.load(score + b * stride_score + f // GROUP, mask=inside, other=0)
     v = tl.load(gate + b * stride_gate + f, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         u = tl.load(up + b * stride_up + f, mask=inside, other=0.0).to(tl.float32)
@@ -113,12 +113,15 @@ def glu(
     (batch, width), device = gate.shape, gate.device
     config = config or pick(LAUNCH, device)["glu"]
     h = torch.empty(batch, width, dtype=gate.dtype, device=device)
+    if score is not None and limit is None:
+        score = score.view(torch.int8)
     rows, blocks = power_of_2(batch), 1 if score is None else score.shape[1]
     block = max(32, min(config.block // rows, power_of_2(width)))
     run(
         glu_kernel, (triton.cdiv(width, block),),
-        gate, up, score if score is None or limit is not None else score.view(torch.int8), limit, other, h,
-        batch, width, blocks, gate.stride(0), 0 if up is None else up.stride(0),
+        gate, up, score, limit, other, h,
+        batch, width, 0 if score is None or len(score) == 1 else blocks, gate.stride(0),
+        0 if up is None else up.stride(0),
         GATED=up is not None, ACTIVATION=activation, CHOSEN=score is not None, LIMIT=limit is not None,
         OTHER=other is not None, GROUP=width // blocks, BATCH=rows, BLOCK=block,
         num_warps=config.warps_for(block * rows),

@@ -77,9 +77,9 @@ def glu(
     gate: [B, F], 1 <= B <= 64, contiguous rows at any distance (so the halves of one [B, 2F] will do), float32,
     float16 or bfloat16. up: the same, or None for an ungated network. activation: one of ACTIVATIONS.
     threshold: float32 [1] or [F], a constant, or None.
-    score: float32 [B, N], N dividing F: a row keeps the blocks of F // N channels whose score is above limit, float32
-    [1]; or bool [B, N], without a limit, the blocks it keeps; or None. other: [F] in gate's dtype, what stands in the
-    rest; None for 0. limit and other are constants.
+    score: float32 [B, N], or [1, N] for all rows, N dividing F: a row keeps the blocks of F // N channels whose score
+    is above limit, float32 [1]; or bool, without a limit, the blocks it keeps; or None. other: [F] in gate's dtype,
+    what stands in the rest; None for 0. limit and other are constants.
     Returns h [B, F] in gate's dtype, rounded after the activation and after the product as transformers' modules do;
     with a threshold (h, index int32 [F], count int32 [1]), the list of the channels in which |h| of any row is above
     it, as `compact` makes it. Raises ValueError outside this domain.
@@ -98,8 +98,8 @@ def glu(
 def _require_choice(gate: Tensor, score: Tensor, limit: Tensor | None, other: Tensor | None) -> None:
     batch, width = gate.shape
     kind = torch.bool if limit is None else torch.float32
-    fits = score.dim() == 2 and score.shape[0] == batch and score.shape[1] >= 1 and width % score.shape[1] == 0
-    require(fits, "score must be [{}, a divisor of {}], got {}.", batch, width, score.shape)
+    fits = score.dim() == 2 and score.shape[0] in (1, batch) and score.shape[1] >= 1 and width % score.shape[1] == 0
+    require(fits, "score must be [1 or {}, a divisor of {}], got {}.", batch, width, score.shape)
     good = score.dtype == kind and score.is_contiguous() and score.device == gate.device
     require(good, "score must be contiguous {} on {}, got {}.", kind, gate.device, score.dtype)
     if limit is not None:

@@ -234,26 +234,26 @@ def run_fill(
     )  # fmt: skip
 
 
-def dense(x: Tensor, weight_t: Tensor, widths: list[int], **prepare: Any) -> Tensor:
+def dense(x: Tensor, weight_t: Tensor, widths: list[int], bias: Tensor | None, **prepare: Any) -> Tensor:
     """y [B, N] by cuBLAS, of the same values: where the rows of a batch need nearly all channels between them."""
     batch, device, (channels, width) = x.shape[-2], x.device, weight_t.shape
     changed = prepare.get("norm") or prepare.get("activation")
     if x.dim() == 2 and not changed and prepare.get("threshold") is None and prepare.get("center") is None:
-        return x @ weight_t
+        return x @ weight_t if bias is None else torch.addmm(bias, x, weight_t)
     value = torch.empty(len(widths), batch, channels, dtype=weight_t.dtype, device=device)
     common = dict(SELECT="dense", BATCH=DENSE_ROWS, SLOTS=1, ROWS=1)
     grid = (triton.cdiv(channels, DENSE_SLICE), len(widths), triton.cdiv(batch, DENSE_ROWS))
     run_fill(x, weight_t, grid, DENSE_SLICE, value, value, value, common, **prepare)
     if len(widths) == 1:
-        return value[0] @ weight_t
+        return value[0] @ weight_t if bias is None else torch.addmm(bias, value[0], weight_t)
     out = torch.empty(batch, width, dtype=weight_t.dtype, device=device)
     if len(set(widths)) == 1:  # one product of a batch of matrices, which fills the GPU better than one after another
         weights, results = (t.unflatten(1, (len(widths), -1)).transpose(0, 1) for t in (weight_t, out))
         torch.bmm(value, weights, out=results)
-        return out
-    for v, w, y in zip(value, weight_t.split(widths, 1), out.split(widths, 1), strict=True):
-        torch.mm(v, w, out=y)
-    return out
+    else:
+        for v, w, y in zip(value, weight_t.split(widths, 1), out.split(widths, 1), strict=True):
+            torch.mm(v, w, out=y)
+    return out if bias is None else out.add_(bias)
 
 
 def linear(

@@ -302,7 +302,7 @@ def _threshold_linear(
         if how == "rows":  # rounded once, with the bias
             y = row.rows(x, weight_t, weight_t.dtype if bias is None else torch.float32, **prepare)
         else:
-            y = kernel.dense(x, weight_t, widths, **prepare, **chosen)
+            y, bias = kernel.dense(x, weight_t, widths, bias, **prepare, **chosen), None
         y = y if side is None else torch.addmm(y, side, side_up)
         parts, counts = y[None], x.new_empty(0, 1, dtype=torch.int32)
         if not partial and bias is None and residual is None and not with_stats:
