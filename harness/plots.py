@@ -120,8 +120,8 @@ def _with_curves(groups: Sequence[Group]) -> list[tuple[Group, str]]:
     return found
 
 
-def _density(row: Row) -> float | None:
-    return 1.0 if row.is_baseline else row.density
+def _density(row: Row) -> float:
+    return 1.0 if row.density is None else row.density
 
 
 def _with_profiles(groups: Sequence[Group]) -> list[tuple[Group, list[Row]]]:
@@ -177,7 +177,8 @@ def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
 
 
 def _curves(parts: list[tuple[Group, str]]) -> Any:
-    """A panel per table and method: its variants and controls, over the front of all methods."""
+    """A panel per table and method: its variants and controls, over the front of all methods, beside what skips
+    nothing: dense, and dense fine-tuned on the same text, which is the fair baseline of what is fine-tuned."""
     from matplotlib import pyplot as plt
 
     columns = min(3, len(parts))
@@ -188,8 +189,8 @@ def _curves(parts: list[tuple[Group, str]]) -> Any:
     for axis in axes.flat[len(parts) :]:
         axis.set_visible(False)
     for axis, (group, method) in zip(axes.flat, parts, strict=False):
-        own = [row for row in group.rows if row.method in ("dense", method)]
-        _draw(axis, own, panel, lambda row: row.options or row.method, behind=group.rows)
+        own = [row for row in group.rows if row.method == method or row.density is None]
+        _draw(axis, own, panel, _within, behind=group.rows)
         axis.legend(fontsize=7, frameon=False)
         axis.set_title(f"{method}: {group.setting['model']}, {group.setting['mode']}", loc="left", fontsize=8.5)
     return figure
@@ -197,6 +198,11 @@ def _curves(parts: list[tuple[Group, str]]) -> Any:
 
 def _method(row: Row) -> str:
     return row.method
+
+
+def _within(row: Row) -> str:
+    """In a panel of one method."""
+    return row.method if row.density is None else row.options or row.method
 
 
 def _variant(row: Row) -> str:
@@ -360,6 +366,8 @@ def _draw(axis: Any, rows: Sequence[Row], panel: Panel, name: Callable[[Row], st
             colour, marker = styles[label]
             line = "--" if found[0][2].control else "-"
             axis.plot(xs, ys, marker + line, color=colour, markersize=5, linewidth=1.3, label=label, zorder=3)
+            if found[0][2].density is None:
+                axis.axhline(ys[0], color=colour, linewidth=1, linestyle="--", zorder=0)
             for x, y, row in found:
                 text = "" if row.target is None else f"{row.target:g}"
                 axis.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=7, color=colour)

@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -170,6 +171,20 @@ def test_several_batches_or_contexts_make_a_grid(tmp_path: Any) -> None:
     assert teal == ["teal 0.5", "2.00 faster", "2.00 faster", "2.00 faster", "–"] and lte[0] == "lte 0.5"
     assert {"grid.png", "grid.svg"} <= {f.name for f in plots.write(groups, tmp_path)}
     assert not grids.grids(rows.group([{**r, "cell": {**r["cell"], "device": "cpu"}} for r in records]))
+
+
+def test_dense_fine_tuned_on_the_same_text_stands_beside_every_curve() -> None:
+    found = [record(), record("dense-finetuned", density=None, options={"lr": 0.001})]
+    for entry in found:
+        entry["density"] = None
+    found[1]["items"] = {**found[1]["items"], "nll": [x + 0.1 for x in found[1]["items"]["nll"]]}
+    found += [record(method, density) for method in ("teal", "lte") for density in (0.8, 0.6, 0.4)]
+    figure = plots._curves(plots._with_curves(rows.group(found)))
+    assert len(figure.axes) >= 2
+    for axis in figure.axes[:2]:
+        level = [line for line in axis.lines if line.get_linestyle() == "--"]
+        assert [list(line.get_ydata()) for line in level] == [pytest.approx([math.exp(0.1)] * 2)]
+        assert "dense-finetuned" in axis.get_legend_handles_labels()[1]
 
 
 def test_settings_and_machines_never_share_a_table() -> None:
