@@ -30,7 +30,11 @@ def test_curves_and_profiles_are_drawn_where_records_have_them(tmp_path: Any) ->
     page = (tmp_path / "LEADERBOARD.md").read_text()
     assert "](quality.svg)" in page and "](density.svg)" in page
     groups = rows.group(store.load(tmp_path))
-    ((_, shown),) = plots._with_profiles(groups)
+    ((_, shown),) = profiles = plots._with_profiles(groups)
+    assert len(plots._profiles(profiles).axes) == 2
+    shown[0].ffn["histogram"] = [10, 0, 30]
+    by_token = plots._profiles(profiles).axes[2]
+    assert [list(line.get_ydata()) for line in by_token.lines] == [[0.25, 0, 0.75]]
     assert {(row.method, row.options) for row in shown} == {
         ("lte", ""),
         ("moefication", ""),
