@@ -256,6 +256,20 @@ def test_warnings() -> None:
         assert doubt in text.split("**Caution:**")[1]
 
 
+def test_what_methods_tell_is_said_once_per_density() -> None:
+    def told(density: float, seed: int, **manifest: Any) -> dict[str, Any]:
+        return record("lte", density, seed=seed, key=f"{density}{seed}", artifact={"manifest": manifest})
+
+    reached = [f"density {value} instead of 0.5: the nearest of 8 trials" for value in (0.52, 0.47)]
+    uniform = [f"layer {i}: the router does not depend on the token" for i in range(3)]
+    text = "fine-tuned 1.5 times over 9000 tokens"  # is no density
+    cells = [told(0.5, 0, notes=[reached[0], text], warnings=uniform), told(0.5, 1, notes=reached[1:]), told(0.7, 0)]
+    assert doubts_of(rows.group(cells)[0].rows) == [
+        f"lte 0.5, {uniform[0]} (and 2 like it)",
+        f"lte 0.5, {reached[0]} (and 1 like it)",
+    ]
+
+
 def test_report_writes_and_check_sees_drift(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     out = write(tmp_path, FULL)
     assert report.check(out) == 1  # nothing written yet
