@@ -14,7 +14,7 @@ from methods.errors import UsageError
 from . import machine, store
 from .doubts import doubts_of
 from .plan import BASELINES
-from .rows import BUDGETS, SHARED, Group, Row, combine, group, rank
+from .rows import BUDGETS, LORA, SHARED, Group, Row, combine, group, rank
 from .tables import (
     NONE,
     Column,
@@ -189,9 +189,10 @@ def statement(method: str) -> str:
     from methods import registry
 
     try:
-        return registry.info(method).fidelity
+        text = registry.info(method.removesuffix(LORA)).fidelity
     except UsageError:
         return "not installed here"
+    return f"{text}; adapted: low-rank updates in place of all weights" if method.endswith(LORA) else text
 
 
 def level(method: str) -> str:

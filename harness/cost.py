@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from methods import SparseModel
 
+BINS = 32  # at most, of the histogram of units that single tokens use
+
 
 @dataclass(frozen=True)
 class Decode:
@@ -110,8 +112,9 @@ def complete(handle: SparseModel, shape: Shape) -> dict[tuple[int, str], float]:
 
 
 def site_table(handle: SparseModel) -> dict[str, dict[str, Any]]:
-    """Per site: mean density, 99th percentile over tokens and layers; of every layer units, mean, and 10th, 50th and
-    90th percentile over tokens; and the mean union of 1, 2, 4, ... sequences at one position, where it was counted."""
+    """Per site: mean density, 99th percentile and histogram over tokens and layers; of every layer units, mean, and
+    10th, 50th and 90th percentile over tokens; and the mean union of 1, 2, 4, ... sequences at one position, where it
+    was counted."""
     import torch
 
     def percentile(shares: Any, q: float) -> float:
@@ -137,11 +140,20 @@ def site_table(handle: SparseModel) -> dict[str, dict[str, Any]]:
                 "layers": [round(float(share.mean()), 5) for share in shares],
                 "spread": [[percentile(share, q) for q in (0.1, 0.5, 0.9)] for share in shares],
                 "units": units,
+                "histogram": _histogram(pooled, min(BINS, *units)),
             }
         if shares and unions:
             numbers = sorted(set.intersection(*(set(found) for found in unions)))
             sites[site]["unions"] = {str(n): round(sum(u[n] for u in unions) / len(unions), 5) for n in numbers}
     return sites
+
+
+def _histogram(shares: Any, bins: int) -> list[int]:
+    """How many shares are 0, and how many above 0, 1/bins, 2/bins, ... and at most 1/bins more: with as many bins as
+    units, how many tokens use 0, 1, 2, ... of them."""
+    import torch
+
+    return torch.bincount((shares * bins - 1e-6).ceil().long(), minlength=bins + 1).tolist()
 
 
 def model_density(shape: Shape, found: dict[tuple[int, str], float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from .machine import kind
@@ -35,7 +36,17 @@ def doubts_of(rows: Iterable[Row]) -> list[str]:
     if len({r.get("source") for r in records}) > 1:
         doubts.append("not all rows come from the same source code")
     doubts += sorted({note for row in rows for note in row.part("latency").get("notes") or ()})
+    return list(dict.fromkeys(doubts + told_by_methods(rows)))
+
+
+def told_by_methods(rows: Iterable[Row]) -> list[str]:
+    """Their warnings, and densities that they did not reach. Of what variants, seeds and layers of a method and density
+    say alike, but for numbers, the first stands for all."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
     for row in rows:
-        warnings = (row.part("artifact").get("manifest") or {}).get("warnings") or ()
-        doubts += [f"{row.label}, {text}" for text in warnings]
-    return list(dict.fromkeys(doubts))
+        manifest = row.part("artifact").get("manifest") or {}
+        notes = [text for text in manifest.get("notes") or () if "densit" in text]
+        for text in [*(manifest.get("warnings") or ()), *notes]:
+            found.setdefault((row.label, re.sub(r"\d[\d.]*", "#", text)), {})[text] = None
+    more = [f" (and {len(texts) - 1} like it)" if len(texts) > 1 else "" for texts in found.values()]
+    return [f"{label}, {next(iter(texts))}{n}" for ((label, _), texts), n in zip(found.items(), more, strict=True)]

@@ -15,6 +15,7 @@ from .rows import Group, Row
 from .tables import github
 
 DATA = Path(__file__).with_name("orderings.toml")
+VERDICTS = ("seen", "open", "reversed")
 MORE, LESS = 0.01, 0.05  # which the better cell may have more, or less, of what should be equal
 # Options that say how a cell reaches its density, or when to stop trying: they may differ within a pair.
 SEARCH = frozenset(("tolerance", "trials", "scope", "eta"))
@@ -23,8 +24,10 @@ HOW_TO_READ = f"""\
 Pairs of cells of one table, the first with not more than {MORE:g} more and {LESS:g} less than the second of what the
 ordering holds equal: realised density of the FFNs, or executed FLOPs of a token as a share of dense. Difference of the
 mean negative log-likelihood, nats/token, paired over windows, with its 95 % interval; below zero the ordering holds.
-**seen**: the whole interval is below zero in every pair; **not seen**: it is not, in at least one; **not measured**:
-there is no such pair."""
+A pair is **seen** where the whole interval is below zero, **reversed** where all of it is above, else **open**;
+**mixed**: pairs differ; **not measured**: there is none. LTE and D2DMoE fine-tune the model, MoEfication trains routers
+alone: on a gated model it is the one whose activation fine-tuning replaced by ReLU, on a ReLU model the weights as they
+were."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,8 @@ class Pair:
         return stats.difference(*parts[0]) if len(parts) == 1 else stats.repeated_difference([[p] for p in parts])
 
     @property
-    def seen(self) -> bool:
-        return self.difference.high < 0
+    def verdict(self) -> str:
+        return "seen" if self.difference.high < 0 else "reversed" if self.difference.low > 0 else "open"
 
 
 def load(path: Path = DATA) -> list[Ordering]:
@@ -118,22 +121,27 @@ def _line(ordering: Ordering, found: list[Pair]) -> list[str]:
     texts = []
     for pair in found:
         d = pair.difference
-        texts.append(f"{_name(pair, ordering)}: {d.estimate:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")
-    seen = sum(pair.seen for pair in found)
-    verdict = f"**{'seen' if seen == len(found) else 'not seen'}** ({seen} of {len(found)})"
+        told = "" if pair.verdict == "seen" else f" {pair.verdict}"
+        texts.append(f"{_name(pair, ordering)}: {d.estimate:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{told}")
+    counts = {name: n for name in VERDICTS if (n := sum(pair.verdict == name for pair in found))}
+    mixed = "**mixed**: " + ", ".join(f"{n} {name}" for name, n in counts.items())
+    verdict = mixed if len(counts) > 1 else f"**{next(iter(counts))}** ({len(found)} of {len(found)})"
     return [ordering.ordering, ordering.source, ordering.equal, "; ".join(texts), verdict]
 
 
 def _name(pair: Pair, ordering: Ordering) -> str:
     """The target density, and what somebody set beside the options that the ordering is about."""
     given = {**pair.worse.record["cell"]["options"], **pair.better.record["cell"]["options"]}
-    texts = [f"{name}={value}" for name, value in given.items() if name not in {*ordering.better, *ordering.worse}]
+    silent = {*ordering.better, *ordering.worse, "tolerance", "trials"}
+    texts = [f"{name}={value}" for name, value in given.items() if name not in silent]
     return f"{pair.better.target:g}" + (f" ({', '.join(texts)})" if texts else "")
 
 
 def _options(row: Row) -> dict[str, Any]:
-    """All of them, defaults included."""
-    return row.part("artifact").get("options") or row.record["cell"]["options"]
+    """All of them, defaults included; the variant as what `auto` chose."""
+    artifact = row.part("artifact")
+    chosen = {name: value for name, value in (artifact.get("manifest") or {}).items() if name == "variant"}
+    return {**(artifact.get("options") or row.record["cell"]["options"]), **chosen}
 
 
 def _items(row: Row) -> dict[int, dict[str, Any]]:
@@ -146,7 +154,9 @@ def _is(row: Row, wanted: Mapping[str, Any]) -> bool:
     """Whether this is a cell of the wanted kind that has scores and a target density to be named by."""
     options = {"method": row.method, **_options(row)}
     scored = row.target is not None and bool(_items(row))
-    return scored and all(options.get(name) == value for name, value in wanted.items())
+    return scored and all(
+        options.get(name) in (value if isinstance(value, list) else [value]) for name, value in wanted.items()
+    )
 
 
 def _alike(one: Row, other: Row, ordering: Ordering) -> bool:

@@ -120,8 +120,8 @@ def _with_curves(groups: Sequence[Group]) -> list[tuple[Group, str]]:
     return found
 
 
-def _density(row: Row) -> float | None:
-    return 1.0 if row.is_baseline else row.density
+def _density(row: Row) -> float:
+    return 1.0 if row.density is None else row.density
 
 
 def _with_profiles(groups: Sequence[Group]) -> list[tuple[Group, list[Row]]]:
@@ -163,8 +163,8 @@ def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
         crowded = len({_variant(row) for row in rows}) > CROWDED
         for axis, panel in zip(line, found, strict=True):
             axis.set_visible(True)
-            shown, name = (_best(rows, panel), _method) if crowded and panel.larger is not None else (rows, _variant)
-            _draw(axis, shown, panel, name, behind=rows)
+            shown = _best(rows, panel) if crowded and panel.larger is not None else rows
+            _draw(axis, shown, panel, _method if crowded else _variant, behind=rows)
         named: dict[str, Any] = {}
         for axis in line:
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -177,7 +177,8 @@ def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
 
 
 def _curves(parts: list[tuple[Group, str]]) -> Any:
-    """A panel per table and method: its variants and controls, over the front of all methods."""
+    """A panel per table and method: its variants and controls, over the front of all methods, beside what skips
+    nothing: dense, and dense fine-tuned on the same text, which is the fair baseline of what is fine-tuned."""
     from matplotlib import pyplot as plt
 
     columns = min(3, len(parts))
@@ -188,8 +189,8 @@ def _curves(parts: list[tuple[Group, str]]) -> Any:
     for axis in axes.flat[len(parts) :]:
         axis.set_visible(False)
     for axis, (group, method) in zip(axes.flat, parts, strict=False):
-        own = [row for row in group.rows if row.method in ("dense", method)]
-        _draw(axis, own, panel, lambda row: row.options or row.method, behind=group.rows)
+        own = [row for row in group.rows if row.method == method or row.density is None]
+        _draw(axis, own, panel, _within, behind=group.rows)
         axis.legend(fontsize=7, frameon=False)
         axis.set_title(f"{method}: {group.setting['model']}, {group.setting['mode']}", loc="left", fontsize=8.5)
     return figure
@@ -197,6 +198,11 @@ def _curves(parts: list[tuple[Group, str]]) -> Any:
 
 def _method(row: Row) -> str:
     return row.method
+
+
+def _within(row: Row) -> str:
+    """In a panel of one method."""
+    return row.method if row.density is None else row.options or row.method
 
 
 def _variant(row: Row) -> str:
@@ -210,14 +216,15 @@ def _styles(series: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def _profiles(parts: list[tuple[Group, list[Row]]]) -> Any:
-    """Density layer by layer, most tokens within the shade; and what several tokens read together, if they were alike
-    in nothing (dotted) and as they are."""
+    """Density layer by layer, most tokens within the shade; what several tokens read together, if they were alike in
+    nothing (dotted) and as they are; and how many tokens use how much, where records say so (older ones do not)."""
     from matplotlib import pyplot as plt
 
     styles = _styles({_variant(row) for _, rows in parts for row in rows})
-    size = (9.6, 3.9 * len(parts))
-    figure, axes = plt.subplots(len(parts), 2, figsize=size, squeeze=False, layout="constrained")
-    for (left, right), (group, rows) in zip(axes, parts, strict=True):
+    columns = 2 + any("histogram" in row.ffn for _, rows in parts for row in rows)
+    size = (4.8 * columns + 2.4, 3.9 * len(parts))
+    figure, axes = plt.subplots(len(parts), columns, figsize=size, squeeze=False, layout="constrained")
+    for (left, right, *last), (group, rows) in zip(axes, parts, strict=True):
         for row in rows:
             (colour, marker), ffn = styles[_variant(row)], row.ffn
             layers = range(len(ffn["layers"]))
@@ -229,17 +236,29 @@ def _profiles(parts: list[tuple[Group, list[Row]]]) -> Any:
                 right.plot(together.keys(), together.values(), marker + "-", color=colour, markersize=4, linewidth=1.3)
                 chance = [sum(1 - (1 - d) ** n for d in ffn["layers"]) / len(layers) for n in together]
                 right.plot(together.keys(), chance, ":", color=colour, linewidth=1)
+            if counts := ffn.get("histogram"):
+                shares = [n / (len(counts) - 1) for n in range(len(counts))]
+                last[0].step(shares, [n / sum(counts) for n in counts], where="mid", color=colour, linewidth=1.3)
         left.set_xlabel("layer (shade: 10th to 90th percentile over tokens)")
         left.set_ylabel("density of FFN")
         right.set_xlabel("sequences decoded together (dotted: independent choices)")
         right.set_ylabel("density of their union")
         right.set_xscale("log", base=2)
         right.set_xticks(ticks := sorted({int(n) for row in rows for n in row.ffn.get("unions", {})}), map(str, ticks))
+        for axis in last:
+            axis.set_xlabel("density of FFN, of one token in one layer")
+            axis.set_ylabel("share of tokens, all layers")
+            axis.set_ylim(bottom=0)
         for axis in (left, right):
             axis.set_ylim(0, 1.02)
+        for axis in (left, right, *last):
+            axis.set_visible(bool(axis.lines))
             axis.spines[["top", "right"]].set_visible(False)
             axis.grid(alpha=0.2, linewidth=0.5)
-        left.legend(fontsize=7, frameon=False)
+        left.xaxis.get_major_locator().set_params(integer=True)
+        beside = [axis for axis in (left, right, *last) if axis.get_visible()][-1]
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+        beside.legend(*left.get_legend_handles_labels(), fontsize=7, frameon=False, **place)
         left.set_title("\n".join(wrap(group.title, 100)), loc="left", fontsize=8.5)
     return figure
 
@@ -304,7 +323,7 @@ def _lines(found: list[Grid]) -> Any:
 FIGURES = (
     Figure("pareto.png", "Accuracy over bytes read per token", _with_panels, _pareto),
     Figure("quality.svg", "Accuracy over density, variants and controls of each method", _with_curves, _curves),
-    Figure("density.svg", "Density by layer, and what sequences read together", _with_profiles, _profiles),
+    Figure("density.svg", "Density by layer and token, and what sequences read together", _with_profiles, _profiles),
     Figure("grid.png", "Speed-up over batch and context", grids, _lines),
     Figure("breakdown.png", "Where the time of a decode step goes", _traced, _bars),
 )
@@ -360,6 +379,8 @@ def _draw(axis: Any, rows: Sequence[Row], panel: Panel, name: Callable[[Row], st
             colour, marker = styles[label]
             line = "--" if found[0][2].control else "-"
             axis.plot(xs, ys, marker + line, color=colour, markersize=5, linewidth=1.3, label=label, zorder=3)
+            if found[0][2].density is None:
+                axis.axhline(ys[0], color=colour, linewidth=1, linestyle="--", zorder=0)
             for x, y, row in found:
                 text = "" if row.target is None else f"{row.target:g}"
                 axis.annotate(text, (x, y), (4, 4), textcoords="offset points", fontsize=7, color=colour)

@@ -20,6 +20,7 @@ BUDGETS = (1.0, 3.0)  # per cent of accuracy that a cell may lose; only cells wi
 # A table's rows agree in these; with `seed`, which rows of one cell may differ in, it is the whole setting of a cell.
 SHARED = ("model", "weights", "mode", "batch", "context", "corpus", "tasks", "limit", "device", "dtype")
 SETTING = (*SHARED, "seed")
+LORA = "-lora"  # ends the name of a method whose `lora_rank` is set
 MEASURED = ("density", "cost", "fidelity", "accuracy", "latency", "prepare")  # sections that seeds are averaged over
 
 
@@ -53,7 +54,9 @@ class Row:
 
     @property
     def method(self) -> str:
-        return self.record["cell"]["method"]
+        """Its name. What trained low-rank updates alone is a method of its own, which nothing takes for the paper's."""
+        cell = self.record["cell"]
+        return cell["method"] + (LORA if cell["options"].get("lora_rank") else "")
 
     @property
     def options(self) -> str:

@@ -65,11 +65,7 @@ def _row(row: Row, table: Group) -> dict[str, Any]:
         "baseline": row.is_baseline,
         "control": row.control,
         "density": row.part("density").get("model"),
-        "layers": {
-            name: [round(density, 4) for density in site["layers"]]
-            for name, site in sites.items()
-            if site.get("layers")
-        },
+        "sites": {name: _site(site) for name, site in sites.items() if site.get("layers")},
         "mb": _scaled(row.decode.get("bytes"), 1e6),
         "mbDense": _scaled(row.decode.get("bytes_dense"), 1e6),
         "gflop": _scaled(row.decode.get("flops"), 1e9),
@@ -95,6 +91,17 @@ def _row(row: Row, table: Group) -> dict[str, Any]:
         "artifact": _scaled(row.part("artifact").get("bytes"), 1e6),
         "memory": _scaled(memory, 1e6),
         "fidelity": board.level(row.method),
+    }
+
+
+def _site(site: dict[str, Any]) -> dict[str, Any]:
+    """Its density: by layer, most tokens of each, by token, and of what sequences use together; null where unknown."""
+    counts = site.get("histogram")
+    return {
+        "layers": [round(density, 4) for density in site["layers"]],
+        "spread": site.get("spread") and [[round(low, 4), round(high, 4)] for low, _, high in site["spread"]],
+        "tokens": counts and [round(n / sum(counts), 5) for n in counts],
+        "unions": site.get("unions"),
     }
 
 

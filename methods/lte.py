@@ -73,8 +73,9 @@ class Lte(Method):
     sites = ("ffn",)
     fidelity = (
         "paper: balanced k-means on gate rows, both losses, two stages, threshold 0.5, experts not scaled by their "
-        "score; adapted: the separability penalty has an epsilon, embeddings and lm_head stay frozen, stage 2 sees "
-        "dense prompts as decoding does, the training text is the run's corpus, weight differences are stored in 8 bits"
+        "score; adapted: the separability penalty has an epsilon (0.25, not a tiny one), no dense fine-tuning comes "
+        "before stage 1 as the paper's language models have it, embeddings and lm_head stay frozen, stage 2 sees dense "
+        "prompts as decoding does, the training text is the run's corpus, weight differences are stored in 8 bits"
     )
     Options = LteOptions
     options: LteOptions

@@ -143,7 +143,8 @@ function columnWidth(place) {
   return Math.max(280, (whole - gap * (columns - 1)) / columns);
 }
 
-/** Scatter and lines. series: [{ key, name, points: [{ x, y, low, high, label, title }], line, dash }] */
+/** Scatter and lines. series: [{ key, name, points: [{ x, y, low, high, label, title }], line, dash, markers, shade }];
+ * shade: between low and high, in place of a bar at every point. */
 function chart(place, { title, x, y, series, front, budgets, unity }) {
   const width = columnWidth(place), height = 320;
   const box = { left: 62, right: width - 18, top: 14, bottom: height - 44 };
@@ -183,8 +184,12 @@ function chart(place, { title, x, y, series, front, budgets, unity }) {
       const d = placed.map((p, i) => `${i ? "L" : "M"}${p.px},${p.py}`).join("");
       add("path", { d, fill: "none", stroke: colour, "stroke-width": 1.6, "stroke-dasharray": s.dash });
     }
+    if (s.shade) {
+      const ends = [...placed.map((p) => [p.px, p.high]), ...[...placed].reverse().map((p) => [p.px, p.low])];
+      add("path", { class: "shade", d: `M${ends.map(([px, y]) => `${px},${ys.map(y)}`).join("L")}Z`, fill: colour, "fill-opacity": 0.12 });
+    }
     for (const p of placed) {
-      if (p.low !== undefined) {
+      if (p.low !== undefined && !s.shade) {
         add("line", { x1: p.px, x2: p.px, y1: ys.map(p.low), y2: ys.map(p.high), stroke: colour, "stroke-width": 1.4 });
       }
       if (s.markers === false) continue;
@@ -294,26 +299,44 @@ function drawGrid() {
 function drawLayers(found) {
   const place = at("layers");
   place.replaceChildren();
-  const shown = charted(found).filter((row) => !row.baseline && Object.keys(row.layers).length && chosen(row));
-  const sites = unique(shown.flatMap((row) => Object.keys(row.layers)));
+  const shown = charted(found).filter((row) => !row.baseline && Object.keys(row.sites).length && chosen(row));
+  const sites = unique(shown.flatMap((row) => Object.keys(row.sites)));
   if (!sites.length) return empty(place, "No method of this choice skips anything.");
   if (!sites.includes(state.site)) state.site = sites[0];
   const change = (event) => { state.site = event.target.value; update(); at("layers").querySelector("select").focus(); };
   const options = sites.map((site) => make("option", { value: site, selected: site === state.site ? "" : null }, site));
-  const sited = shown.filter((row) => row.layers[state.site]), middle = (row) => Math.abs((row.target ?? 1) - 0.5);
+  const sited = shown.filter((row) => row.sites[state.site]), middle = (row) => Math.abs((row.target ?? 1) - 0.5);
   const many = crowded(sited), name = many ? (row) => `${row.label}${row.options ? ` (${row.options})` : ""}` : named;
   const own = many ? unique(sited.map((row) => row.method)).map((method) => sited.filter((row) => row.method === method)
     .reduce((a, b) => (middle(b) < middle(a) ? b : a))) : sited;
-  const lines = own.map((row) => {
-    const values = row.layers[state.site];
-    const points = values.map((y, x) => ({ x: x + 1, y, title: `${row.label}, layer ${x + 1}: ${number(y)}` }));
-    points.at(-1).label = target(row);
+  const site = (row) => row.sites[state.site];
+  const lines = (rows, points, more = () => ({})) => rows.map((row) => {
     const turn = own.filter((r) => named(r) === named(row)).indexOf(row);
-    return { name: name(row), key: keyed(row), line: true, markers: values.length <= 12, dash: ["", "6 3", "2 3", "9 3 2 3"][turn % 4] || null, points };
+    return { name: name(row), key: keyed(row), line: true, dash: ["", "6 3", "2 3", "9 3 2 3"][turn % 4] || null, points: points(row), ...more(row) };
+  });
+  const layers = (row) => site(row).layers.map((y, i, all) => {
+    const [low, high] = site(row).spread?.[i] ?? [];
+    return { x: i + 1, y, low, high, title: `${row.label}, layer ${i + 1}: ${number(y)}`, label: i === all.length - 1 ? target(row) : null };
   });
   chart(place, {
-    title: `Density of ${state.site} by layer`, series: lines,
+    title: `Density of ${state.site} by layer`,
+    series: lines(own, layers, (row) => ({ markers: site(row).layers.length <= 12, shade: Boolean(site(row).spread) })),
     x: { kind: "linear", label: "layer" }, y: { kind: "linear", label: "density", zero: true },
+  });
+  const counted = own.filter((row) => site(row).tokens);
+  const tokens = (row) => site(row).tokens.map((y, i, all) => ({ x: i / (all.length - 1), y }));
+  if (counted.length) chart(place, {
+    title: `Density of ${state.site}, token by token`, series: lines(counted, tokens, () => ({ markers: false })),
+    x: { kind: "linear", label: "density of one token in one layer" }, y: { kind: "linear", label: "share of tokens, all layers", zero: true },
+  });
+  const together = own.filter((row) => site(row).unions);
+  const unions = (row) => Object.entries(site(row).unions).map(([n, y]) => ({ x: Number(n), y, title: `${row.label}, ${n} sequences: ${number(y)}` }));
+  const chance = (row) => unions(row).map(({ x }) => ({ x, y: site(row).layers.reduce((sum, d) => sum + 1 - (1 - d) ** x, 0) / site(row).layers.length }));
+  if (together.length) chart(place, {
+    title: `Density of ${state.site}, of sequences together`,
+    series: [...lines(together, unions), ...lines(together, chance, () => ({ markers: false, dash: "1 4" }))],
+    x: { kind: "ordinal", label: "sequences decoded together", listed: unique(together.flatMap((row) => unions(row).map((p) => p.x))).sort((a, b) => a - b) },
+    y: { kind: "linear", label: "density of their union", zero: true },
   });
   place.prepend(make("label", { class: "row" }, "Site", make("select", { change, name: "site" }, ...options)));
 }

@@ -140,3 +140,9 @@ def test_readme_holds_a_headline_per_method_and_gpu(tmp_path: Path) -> None:
 def test_records_of_a_method_that_is_not_installed_are_shown() -> None:
     assert board.statement("gone") == "not installed here" and board.level("gone") == NONE
     assert board.statement("teal") != "not installed here"
+
+
+def test_low_rank_training_is_a_method_of_its_own(tmp_path: Path) -> None:
+    text = merged(tmp_path, one=[record(), record("lte", 0.7), record("lte", 0.7, options={"lora_rank": 16}, key="l")])
+    assert list(column(text, "fidelity")) == ["dense", "lte 0.7", "lte-lora 0.7"]
+    assert "`lte-lora`: paper: " in text and text.count("low-rank updates in place of all weights") == 1

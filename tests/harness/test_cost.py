@@ -82,7 +82,10 @@ def test_densities_and_percentiles_come_from_the_meter() -> None:
         "layers": [0.505, 0.505],
         "spread": [[0.5, 0.5, 0.5]] * 2,
         "units": [128, 128],
+        "histogram": [0] * 16 + [198] + [0] * 15 + [2],
     }
+    exact = cost._histogram(torch.tensor([0, 1, 3, 3, 28]).double() / 28, 28)  # a bin per unit, and one for none
+    assert exact == [1, 1, 0, 2] + [0] * 24 + [1]
     weights = {"q": 64 * 64, "down": 64 * 128}
     missing = 2 * 0.495 * sum(weights.values())
     assert cost.model_density(shape, tokens) == pytest.approx(1 - missing / shape.dense)

@@ -53,8 +53,9 @@ def test_the_entries_name_methods_and_options_that_exist() -> None:
         assert entry.equal in ("density", "FLOPs")
         for side in (entry.better, entry.worse):
             options = asdict(info(side["method"]).Options())
-            for name, value in side.items():
-                assert name == "method" or type(options[name]) is type(value)
+            for name, wanted in side.items():
+                for value in wanted if isinstance(wanted, list) else [wanted]:
+                    assert name == "method" or type(options[name]) is type(value)
     defaults = asdict(info("d2dmoe").Options())
     assert any(entry.better.get("weight") == defaults["weight"] for entry in found)
 
@@ -78,7 +79,7 @@ def test_cells_pair_on_the_seeds_that_both_have() -> None:
     assert not pairs(RULE, measured(two, dense, fixed))  # no seed in common
 
 
-@pytest.mark.parametrize("shift, verdict", [(0.2, "**seen** (1 of 1)"), (0.0, "**not seen** (0 of 1)")])
+@pytest.mark.parametrize("shift, verdict", [(0.2, "**seen** (1 of 1)"), (0.0, "**open** (1 of 1)")])
 def test_verdicts(shift: float, verdict: str) -> None:
     page = text(cell("moefication", 0.5), cell("moefication", 0.5, shift, selector="similarity"))
     found = line(page, "a learned router beats similarity")
@@ -87,13 +88,25 @@ def test_verdicts(shift: float, verdict: str) -> None:
     assert "LTE beats MoEfication;" in page.split("**Not measured** here: ")[1]
 
 
-def test_reversed_is_not_seen_and_every_density_counts() -> None:
+def test_every_density_counts_and_is_told() -> None:
     def both(density: float, shift: float) -> list[dict[str, Any]]:
-        return [cell("lte", density, eta=1.0), cell("moefication", density, shift)]
+        return [cell("lte", density, eta=1.0, trials=4), cell("moefication", density, shift, variant="relu")]
 
     page = text(*both(0.7, 0.1), *both(0.5, 0.1), *both(0.3, -0.1))
     found = line(page, "LTE beats MoEfication ")
-    assert "**not seen** (2 of 3)" in found and "0.3 (eta=1.0): +0.1" in found
+    assert "**mixed**: 2 seen, 1 reversed" in found and "0.3 (eta=1.0): +0.1" in found
+    assert found.count("] reversed") == 1 and "**reversed** (1 of 1)" in line(text(*both(0.5, -0.1)), "LTE beats")
+
+
+def test_moefication_of_a_gated_model_counts_where_fine_tuning_gave_it_relu() -> None:
+    entry = next(entry for entry in orderings.load() if entry.ordering == "LTE beats MoEfication")
+    mean, relufied = cell("moefication", 0.5, 0.5), cell("moefication", 0.5, 0.1, variant="relufied")
+    mean["artifact"]["manifest"]["variant"] = "mean"  # what auto chose
+    assert not pairs(entry, measured(cell("lte", 0.5), mean))
+    (found,) = pairs(entry, measured(cell("lte", 0.5), mean, relufied))
+    assert found.worse.options == "variant=relufied" and found.verdict == "seen"
+    mean["artifact"]["manifest"]["variant"] = "relu"
+    assert pairs(entry, measured(cell("lte", 0.5), mean))
 
 
 def test_a_pair_is_equal_where_it_should_be_and_the_better_one_has_no_more() -> None:
@@ -110,7 +123,7 @@ def test_what_an_ordering_does_not_name_is_equal() -> None:
     assert pairs(RULE, measured(cell("d2dmoe", 0.5, scope="layer"), fixed))  # how a density is reached
     assert not pairs(RULE, measured(cell("d2dmoe", 0.5, weight=0.0), fixed))
     learned = next(entry for entry in orderings.load() if entry.ordering == "LTE beats MoEfication")
-    assert not pairs(learned, measured(cell("lte", 0.5), cell("moefication", 0.5, 0.1, expert_size=16)))
+    assert not pairs(learned, measured(cell("lte", 0.5), cell("moefication", 0.5, 0.1, expert_size=16, variant="relu")))
     other = cell("d2dmoe", 0.5, 0.1, rule="top-k")
     other["items"]["tokens"] = [100] * 20
     assert not pairs(RULE, measured(cell("d2dmoe", 0.5), other))

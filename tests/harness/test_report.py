@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -29,7 +30,11 @@ def test_curves_and_profiles_are_drawn_where_records_have_them(tmp_path: Any) ->
     page = (tmp_path / "LEADERBOARD.md").read_text()
     assert "](quality.svg)" in page and "](density.svg)" in page
     groups = rows.group(store.load(tmp_path))
-    ((_, shown),) = plots._with_profiles(groups)
+    ((_, shown),) = profiles = plots._with_profiles(groups)
+    assert len(plots._profiles(profiles).axes) == 2
+    shown[0].ffn["histogram"] = [10, 0, 30]
+    by_token = plots._profiles(profiles).axes[2]
+    assert [list(line.get_ydata()) for line in by_token.lines] == [[0.25, 0, 0.75]]
     assert {(row.method, row.options) for row in shown} == {
         ("lte", ""),
         ("moefication", ""),
@@ -172,6 +177,20 @@ def test_several_batches_or_contexts_make_a_grid(tmp_path: Any) -> None:
     assert not grids.grids(rows.group([{**r, "cell": {**r["cell"], "device": "cpu"}} for r in records]))
 
 
+def test_dense_fine_tuned_on_the_same_text_stands_beside_every_curve() -> None:
+    found = [record(), record("dense-finetuned", density=None, options={"lr": 0.001})]
+    for entry in found:
+        entry["density"] = None
+    found[1]["items"] = {**found[1]["items"], "nll": [x + 0.1 for x in found[1]["items"]["nll"]]}
+    found += [record(method, density) for method in ("teal", "lte") for density in (0.8, 0.6, 0.4)]
+    figure = plots._curves(plots._with_curves(rows.group(found)))
+    assert len(figure.axes) >= 2
+    for axis in figure.axes[:2]:
+        level = [line for line in axis.lines if line.get_linestyle() == "--"]
+        assert [list(line.get_ydata()) for line in level] == [pytest.approx([math.exp(0.1)] * 2)]
+        assert "dense-finetuned" in axis.get_legend_handles_labels()[1]
+
+
 def test_settings_and_machines_never_share_a_table() -> None:
     other = record("teal", 0.5)
     other["machine"] = {**other["machine"], "identity": "another"}
@@ -235,6 +254,20 @@ def test_warnings() -> None:
     assert "throttled" not in page([untimed]) and "other processes used" not in page([untimed])
     for doubt in ("uncommitted changes", "throttled", "other processes used"):
         assert doubt in text.split("**Caution:**")[1]
+
+
+def test_what_methods_tell_is_said_once_per_density() -> None:
+    def told(density: float, seed: int, **manifest: Any) -> dict[str, Any]:
+        return record("lte", density, seed=seed, key=f"{density}{seed}", artifact={"manifest": manifest})
+
+    reached = [f"density {value} instead of 0.5: the nearest of 8 trials" for value in (0.52, 0.47)]
+    uniform = [f"layer {i}: the router does not depend on the token" for i in range(3)]
+    text = "fine-tuned 1.5 times over 9000 tokens"  # is no density
+    cells = [told(0.5, 0, notes=[reached[0], text], warnings=uniform), told(0.5, 1, notes=reached[1:]), told(0.7, 0)]
+    assert doubts_of(rows.group(cells)[0].rows) == [
+        f"lte 0.5, {uniform[0]} (and 2 like it)",
+        f"lte 0.5, {reached[0]} (and 1 like it)",
+    ]
 
 
 def test_report_writes_and_check_sees_drift(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:

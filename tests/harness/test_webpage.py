@@ -24,6 +24,9 @@ def records() -> list[dict[str, Any]]:
         for method, density in (("teal", 0.9), ("teal", 0.5), ("lte", 0.7)):
             cell = record(method, density, batch=batch)
             cell["density"]["sites"] = {"ffn": {"mean": density, "p99": 0.9, "layers": [density, 0.5, 0.4]}}
+            if method == "teal":
+                more = {"spread": [[0.2, 0.5, 0.9]] * 3, "unions": {"1": 0.5, "2": 0.7}, "histogram": [1, 2, 1]}
+                cell["density"]["sites"]["ffn"] |= more
             cell["latency"]["breakdown"] = {"ms": {"linears": 1.0, "idle": 0.2}}
             found.append(cell)
     found.append(record("moefication", 0.5, options={"selector": "oracle"}, batch=8))
@@ -60,9 +63,15 @@ def test_page_holds_every_row_with_the_numbers_of_the_leaderboard(folder: Path) 
     data = embedded(text)
     assert len(data["rows"]) == len(records())
     teal = next(r for r in data["rows"] if (r["label"], r["batch"], r["place"]) == ("teal 0.9", 1, "Test GPU"))
-    assert (
-        teal["link"] == "one/records.jsonl" and teal["key"] == "teal-0.9" and teal["layers"]["ffn"] == [0.9, 0.5, 0.4]
-    )
+    assert teal["link"] == "one/records.jsonl" and teal["key"] == "teal-0.9"
+    assert teal["sites"]["ffn"] == {
+        "layers": [0.9, 0.5, 0.4],
+        "spread": [[0.2, 0.9]] * 3,
+        "tokens": [0.25, 0.5, 0.25],
+        "unions": {"1": 0.5, "2": 0.7},
+    }
+    lte = next(r for r in data["rows"] if r["label"] == "lte 0.7")  # an older record
+    assert lte["sites"]["ffn"]["spread"] is lte["sites"]["ffn"]["tokens"] is None
     assert teal["mb"] == pytest.approx(12.6) and teal["speedup"] == pytest.approx([1 / 0.9, 0.98 / 0.9, 1.02 / 0.9])
     assert teal["ranks"][0] == {"place": 1, "text": "1"} and teal["time"] == {"linears": 1.0, "idle": 0.2}
     random_weights = [r for r in data["rows"] if "synthetic" in r["model"]]
@@ -90,7 +99,7 @@ def test_page_draws_and_fits(folder: Path, browser: Browser, width: int, mobile:
     browser.open(folder / "index.html", width, mobile=mobile, fragment="#place=Test+GPU")
     assert browser.problems() == []
     charts = {name: browser.run(f"document.querySelectorAll('#{name} svg[role=img]').length") for name in SECTIONS}
-    assert charts == {"pareto": 3, "grid": 1, "layers": 1, "time": 3}
+    assert charts == {"pareto": 3, "grid": 1, "layers": 3, "time": 3}
     assert browser.run("document.documentElement.scrollWidth <= innerWidth")
     assert browser.run("[...document.querySelectorAll('svg[role=img]')].every((s) => s.getAttribute('aria-label'))")
     assert browser.run(
