@@ -41,7 +41,8 @@ class LteOptions:
     trials: stage-1 trainings the search may spend on one target; dense_prefix: in stage 2 a random prefix of every
     window uses all experts, as a prompt does under mode decode (false: the paper's, every token routed); lora_rank: for
     large models, train updates of the linear layers of this rank and the routers (0: the paper's, all weights; lr 0 is
-    then ten times the rate)."""
+    then ten times the rate); patience: early stopping, off at 0: a stage ends when so many of 20 validations in a row
+    (on held-out training windows, with all of the stage's loss) bring no lower loss, and the best weights are kept."""
 
     expert_size: int = 32
     eta: float = 0.0
@@ -55,6 +56,7 @@ class LteOptions:
     trials: int = 8
     dense_prefix: bool = True
     lora_rank: int = 0
+    patience: int = 0
 
     def __post_init__(self) -> None:
         if self.expert_size < 1 or self.batch < 1 or self.trials < 1:
@@ -63,6 +65,8 @@ class LteOptions:
             raise UsageError("lte needs eta >= 0, lambda_sep >= 0 and sep_eps > 0: try lte:sep_eps=0.01.")
         if self.stage1_steps < 1 or self.stage2_steps < 0 or self.lora_rank < 0:
             raise UsageError("lte needs stage1_steps >= 1, stage2_steps and lora_rank >= 0: try lte:stage1_steps=150.")
+        if self.patience < 0:
+            raise UsageError("lte needs a patience of at least 0: try lte:patience=3.")
 
 
 class Lte(Method):
@@ -144,10 +148,11 @@ class _Trainer:
         windows = data.train(options.batch * longest)
         rank = options.lora_rank
         rate = learning_rate(model, options.lr, LTE_RATE, rank)
-        self.tuning = Tuning(windows, options.batch, rate, data.seed, progress, lora_rank=rank)
+        self.tuning = Tuning(windows, options.batch, rate, data.seed, progress, rank, options.patience)
         self.notes = self.tuning.notes(longest)
         self.trained: dict[float, dict[str, Tensor]] = {}
         self.density: dict[float, float] = {}
+        self.stopped: dict[float, list[str]] = {}  # notes on stage 1
         self.permutations = {}
         found = list(blocks(model))
         for block in found:
@@ -176,6 +181,7 @@ class _Trainer:
         reached, tolerance = mean_density(usage), self.options.tolerance
         if abs(self.density[eta] - density) <= tolerance:
             why = f"stage 2 moved it from {self.density[eta]:.3f}"
+        stopped = self.stopped[eta] + self.tuning.stopped(losses, self.options.stage2_steps, "stage 2")
         manifest = {
             "corpus": self.data.corpus,
             "seed": self.data.seed,
@@ -186,9 +192,9 @@ class _Trainer:
             "target_reached": abs(reached - density) <= tolerance,
             "stage2_loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]],
             "stage2_density": round(reached, 4),
-            "notes": self.notes + missed(density, reached, why, tolerance),
+            "notes": self.notes + stopped + missed(density, reached, why, tolerance),
             "warnings": warnings(usage),
-            "tokens": self.tokens + self.tuning.tokens(self.options.stage2_steps),
+            "tokens": self.tokens + self.tuning.tokens(len(losses)),
             "seconds": round(self.seconds + perf_counter() - start, 1),
             "device": next(self.model.parameters()).device.type,
         }
@@ -200,10 +206,12 @@ class _Trainer:
 
         start = perf_counter()
         student = self._student(None)
-        student.train_soft(eta, self.options.stage1_steps, f"lte stage 1 at eta {eta:.3g}", self._file(eta, 1))
+        steps, label = self.options.stage1_steps, f"lte stage 1 at eta {eta:.3g}"
+        losses = student.train_soft(eta, steps, label, self._file(eta, 1))
+        self.stopped[eta] = self.tuning.stopped(losses, steps, "stage 1")
         self.density[eta] = agreed(mean_density(expert_usage(student.student, self.data.calibration)))
         self.trained[eta] = student.state()
-        self.tokens += self.tuning.tokens(self.options.stage1_steps)
+        self.tokens += self.tuning.tokens(len(losses))
         self.seconds += perf_counter() - start
 
     def _student(self, state: dict[str, Tensor] | None) -> _Student:
