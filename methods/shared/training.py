@@ -84,7 +84,7 @@ def train(
     best = _Best(trained, patience, goal)
     # Neither the processes nor their parts of a batch are in it: training may go on with others.
     identity = [steps, batch, learning_rate, seed, schedule, patience, goal, weight_decay]
-    state = _State(checkpoint, json.dumps(identity), team.is_main)
+    state = _State(checkpoint, json.dumps(identity), team.is_main, team.scaler)
     losses = state.load(trained, optimiser, best)
     saved, finished = perf_counter(), bool(losses) and (len(losses) == steps or best.given_up)
     history = [torch.tensor(value) for value in losses]
@@ -151,6 +151,12 @@ def _fsdp(hub: Accelerator) -> Any:
     return getattr(hub.state, "fsdp_plugin", None)
 
 
+@cache
+def _fresh(scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """The state of accelerate's one gradient scaler as it was before the first training."""
+    return scaler.state_dict()
+
+
 def _precision(hub: Accelerator) -> torch.dtype:
     """As accelerate is configured, which reports "no" also where nobody has configured it: then bfloat16."""
     if os.environ.get("ACCELERATE_MIXED_PRECISION") == "no":
@@ -204,11 +210,14 @@ class _Team:
         self.divide = divide
         self.is_main = self.hub.is_main_process
         self.precision = _precision(self.hub) if divide else torch.bfloat16
+        self.scaler: torch.amp.GradScaler | None = self.hub.scaler if divide else None
 
     def prepare(self, step_loss: nn.Module, optimiser: Any) -> tuple[nn.Module, Any]:
         if not self.divide:
             return step_loss, optimiser
         self.hub.free_memory()  # which an interrupted training may still hold
+        if self.scaler is not None:  # each training begins alike, whatever came before it in this process
+            self.scaler.load_state_dict(_fresh(self.scaler))
         if plugin := _fsdp(self.hub):
             plugin.transformer_cls_names_to_wrap = step_loss.blocks  # of this model, not of an earlier one
         prepared: tuple[nn.Module, Any] = self.hub.prepare(step_loss, optimiser, device_placement=[False, False])
@@ -280,11 +289,14 @@ class _Best:
 class _State:
     """One safetensors file, replaced atomically: parameters, the best ones, AdamW's moments, the losses so far.
 
-    Complete tensors, whatever is sharded, so that training goes on with any number of processes.
+    Complete tensors, whatever is sharded, so that training goes on with any number of processes. With a scaler of
+    float16 gradients, its state too, and how many of the steps it let AdamW take (none yet: there are no moments).
     """
 
-    def __init__(self, path: Path | None, identity: str, writes: bool = True) -> None:
-        self.path, self.identity, self.writes = path, identity, writes
+    def __init__(
+        self, path: Path | None, identity: str, writes: bool = True, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        self.path, self.identity, self.writes, self.scaler = path, identity, writes, scaler
 
     def load(self, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, best: _Best) -> list[float]:
         if self.path is None or not self.path.exists():
@@ -297,14 +309,18 @@ class _State:
                 return []
             losses: list[float] = json.loads(header["losses"])
             best.value, best.waited = json.loads(header["best"])
+            taken, scale = json.loads(header["taken"]), json.loads(header["scaler"])
+            if self.scaler is not None and scale is not None:
+                self.scaler.load_state_dict(scale)
             with torch.no_grad():
                 for name, parameter in trained.items():
                     parameter.copy_(_like(parameter, file.get_tensor(name)))
-                    optimiser.state[parameter] = {
-                        "step": torch.tensor(float(len(losses)), device=parameter.device),
-                        "exp_avg": _like(parameter, file.get_tensor(f"{name}.m")),
-                        "exp_avg_sq": _like(parameter, file.get_tensor(f"{name}.v")),
-                    }
+                    if taken:
+                        optimiser.state[parameter] = {
+                            "step": torch.tensor(taken, device=parameter.device),
+                            "exp_avg": _like(parameter, file.get_tensor(f"{name}.m")),
+                            "exp_avg_sq": _like(parameter, file.get_tensor(f"{name}.v")),
+                        }
                     if best.value < math.inf:
                         best.tensors[name] = _like(parameter, file.get_tensor(f"{name}.best"))
         return losses
@@ -317,15 +333,22 @@ class _State:
         from safetensors.torch import save_file
 
         tensors = {f"{name}.best": tensor for name, tensor in best.tensors.items()}
+        taken = 0.0
         for name, parameter in trained.items():
-            moments = optimiser.state[parameter]
             tensors[name] = parameter.detach()
-            tensors[f"{name}.m"], tensors[f"{name}.v"] = moments["exp_avg"], moments["exp_avg_sq"]
+            if moments := optimiser.state.get(parameter):
+                tensors[f"{name}.m"], tensors[f"{name}.v"] = moments["exp_avg"], moments["exp_avg_sq"]
+                taken = float(moments["step"])
         complete = {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
         if not self.writes:
             return
-        losses = json.dumps([float(v) for v in history])
-        header = {"identity": self.identity, "losses": losses, "best": json.dumps([best.value, best.waited])}
+        header = {
+            "identity": self.identity,
+            "losses": json.dumps([float(v) for v in history]),
+            "best": json.dumps([best.value, best.waited]),
+            "taken": json.dumps(taken),
+            "scaler": json.dumps(None if self.scaler is None else self.scaler.state_dict()),
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_suffix(f".{os.getpid()}")
         save_file(complete, scratch, metadata=header)

@@ -93,6 +93,42 @@ def test_early_stopping_resumes_exactly(tmp_path: Path, monkeypatch: pytest.Monk
         assert resumed[0] == pytest.approx(straight[0]) and torch.equal(resumed[1], straight[1])
 
 
+def test_the_scaler_of_gradients_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 as on a GPU: gradients that overflow are skipped and lower the scale, a few good ones raise it again."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    hub = training.accelerator()
+    monkeypatch.setattr(hub, "native_amp", True)
+    monkeypatch.setattr(hub.state, "_mixed_precision", "fp16")
+
+    def run(place: Path | None, die_at: int | None = None, new: bool = True) -> tuple[list[float], torch.Tensor, Any]:
+        if new:  # as in a process of its own
+            monkeypatch.setattr(hub, "scaler", torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=2))
+        model, rows = line()
+        seen: list[torch.Tensor] = []
+
+        def loss(batch: torch.Tensor, done: float) -> torch.Tensor:
+            if len(seen) == die_at:
+                raise KeyboardInterrupt
+            seen.append(model.weight.detach().clone())
+            return (model(batch).float() - batch.sum(1, keepdim=True)).square().mean()
+
+        how: Any = {"steps": 30, "batch": 8, "learning_rate": 0.05, "mixed": False, "divide": True}
+        losses = train(model, rows, loss, checkpoint=place, **how)
+        skipped = sum(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+        assert place is not None or (4 < skipped < 20 and torch.equal(seen[0], seen[1]))
+        return losses, model.weight.detach(), hub.scaler.state_dict()
+
+    straight = run(None)
+    again = run(None, new=False)
+    assert again[0] == straight[0] and again[2] == straight[2]
+    for die_at in (1, 15):  # nothing learned yet, and much
+        place = tmp_path / f"{die_at}.safetensors"
+        with pytest.raises(KeyboardInterrupt):
+            run(place, die_at)
+        resumed = run(place)
+        assert resumed[0] == straight[0] and torch.equal(resumed[1], straight[1]) and resumed[2] == straight[2]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_processes_train_what_one_does(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two of them, each with half of every batch in two parts; and one goes on where two were interrupted."""
