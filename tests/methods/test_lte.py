@@ -6,13 +6,15 @@ import pytest
 import torch
 
 from methods import sparsify
+from methods.base import Data
 from methods.lte import LteOptions, _Student, penalties
 from methods.registry import parse
+from methods.shared import training
 from methods.shared.clustering import _stable, balanced_kmeans, expert_permutation
 from methods.shared.experts import dequantise, quantise
 from methods.shared.search import search
 from methods.shared.selection import expert_usage, mean_density
-from methods.shared.student import Tuning
+from methods.shared.student import Student, Tuning
 from methods.shared.training import train
 from sparse_kernels.layers import ExpertFFN, Meter, Phase
 from sparse_kernels.selectors import Router
@@ -214,8 +216,6 @@ def test_interrupted_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
         kwargs = {"steps": 6, "batch": 2, "learning_rate": 1e-3}
         return train(model.requires_grad_(True), windows(8), loss, checkpoint=tmp_path / "state.safetensors", **kwargs)  # type: ignore[arg-type]
 
-    import methods.shared.training as training
-
     straight = llama()
     expected = train(
         straight.requires_grad_(True),
@@ -237,6 +237,34 @@ def test_interrupted_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for a, b in zip(resumed.parameters(), straight.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
     assert run(llama(), 0) == losses  # a finished stage is read back, not trained again
+
+
+@pytest.mark.parametrize("die_at", [6, 9], ids=["stage 1 of the second trial", "stage 2"])
+def test_interrupted_preparation_goes_on_where_it_stopped(
+    die_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same artifact to the bit, and no step is taken twice: two trials of three steps, and three of stage 2."""
+    given = Data(data().calibration, data().train, data().corpus, str(tmp_path))
+    method = parse("lte:stage1_steps=3:stage2_steps=3:trials=2:tolerance=0:batch=2:lr=0.01")
+    (straight,) = method.prepare(llama(), data(), [0.3])
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    whole, calls = Student.task_loss, 0
+
+    def killed(self: Student, ids: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == die_at:
+            raise KeyboardInterrupt
+        return whole(self, ids)
+
+    monkeypatch.setattr(Student, "task_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        list(method.prepare(llama(), given, [0.3]))
+    (resumed,) = method.prepare(llama(), given, [0.3])
+    assert calls == 1 + 9 and len(list(tmp_path.iterdir())) == 3  # the one that died, and a file for each training
+    assert resumed.tensors.keys() == straight.tensors.keys()
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in straight.tensors.items())
+    assert resumed.manifest["search"] == straight.manifest["search"]
 
 
 def test_the_search_stops_within_tolerance_and_shares_trials() -> None:
