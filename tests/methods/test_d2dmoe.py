@@ -98,6 +98,22 @@ def test_all_experts_are_the_tuned_dense_model(make: Any) -> None:
     assert torch.allclose(sparse, model(input_ids=ids).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_all_experts_are_the_dense_model_in_half_precision(make: Any) -> None:
+    """With ReLU in the place of the activation; 2e-3 of the largest output."""
+    model, x = make().half(), torch.randn(50, 64).half()
+    artifact = parse(QUICK).synthesize(model, 0.5, windows(4))
+    with sparsify(model, artifact, "all") as handle:
+        set_tau(handle, 0.0)
+        handle.phase.active = True
+        for layer in handle.layers():
+            first = layer.up if layer.gate is None else layer.gate
+            h = F.relu(first(x)) if layer.gate is None else F.relu(first(x)) * layer.up(x)
+            dense = layer.down(h)
+            assert layer.selector(x, h).all()
+            assert (layer(x) - dense).abs().amax() < 2e-3 * dense.abs().amax()
+
+
 def test_targets_are_the_norms_of_the_experts_outputs() -> None:
     model = opt()
     with sparsify(model, prepare(model)) as handle:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from methods import sparsify
 from methods.base import Data
@@ -69,14 +70,44 @@ def test_all_experts_on_is_the_dense_model(make: object) -> None:
     assert torch.allclose(off, torch.zeros_like(off) if bias is None else bias.expand_as(off))
 
 
-def test_soft_scores_scale_experts() -> None:
-    s = student(llama())
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("logit", [0.0, -1.5, 40.0])
+def test_soft_scores_scale_experts_and_not_the_bias(make: object, logit: float) -> None:
+    s = student(make())  # type: ignore[operator]
     layer, x = s.layers[0], torch.randn(5, 64)
-    layer.soft = True
+    layer.soft, x[:, 0] = True, 1.0
     with torch.no_grad():
-        layer.selector.layers[0].zero_()
-    assert torch.allclose(layer(x), 0.5 * layer.down(layer.hidden(x).flatten(-2)), atol=1e-6)
-    assert torch.equal(layer.scores, torch.full((5, 4), 0.5))
+        layer.selector.layers[0].zero_()[:, 0] = logit  # of every token and expert
+    score = float(torch.sigmoid(torch.tensor(logit)))
+    bias = 0.0 if layer.down.bias is None else layer.down.bias
+    dense = layer.down(layer.hidden(x).flatten(-2))
+    assert torch.allclose(layer(x), score * (dense - bias) + bias, atol=1e-6)
+    assert torch.equal(layer.scores, torch.full((5, 4), score))
+    assert logit < 40 or torch.allclose(layer(x), dense, atol=1e-6)
+
+
+def test_an_expert_runs_if_its_sigmoid_is_above_the_threshold_strictly() -> None:
+    """The logit is compared instead; a token of zeros, with all scores at the threshold, runs nothing."""
+    x, weight = torch.randn(200, 16), torch.randn(8, 16)
+    x[:2] = torch.tensor([0.0, -0.0])[:, None]
+    for tau in (0.5, 0.2):
+        router = Router((weight,), threshold=torch.logit(torch.tensor(tau)))
+        keep = router(x, torch.empty(0))
+        assert torch.equal(keep[2:], torch.sigmoid(x[2:] @ weight.t()) > tau)
+        assert not keep[:2].any() if tau == 0.5 else keep[:2].all()
+
+
+@pytest.mark.parametrize("rule", ["threshold", "relative", "top-k"])
+def test_the_host_never_waits_for_what_a_token_selects(rule: str) -> None:
+    """Fake tensors have no values to ask for: a decode step that did could not be captured in a CUDA graph."""
+    with FakeTensorMode(), torch.no_grad():
+        gate, up, down = (torch.nn.Linear(*shape, bias=False) for shape in ((64, 128), (64, 128), (128, 64)))
+        layer = ExpertFFN(gate, up, down, "silu", 32, Router((torch.randn(4, 64),), rule, 0.1, 2), 0, Phase(), Meter())
+        for rows in (1, 4):
+            assert layer._skip(torch.randn(rows, 64), layer.selector).shape == (rows, 64)
+        assert layer.count is not None
+        with pytest.raises(DataDependentOutputException):
+            int(layer.count)
 
 
 def test_the_hard_decision_ignores_the_size_of_scores() -> None:
@@ -153,8 +184,10 @@ def test_stages_train_what_they_should() -> None:
     routers = [layer.selector.layers[0].detach().clone() for layer in s.layers]
     before = {n: p.detach().clone() for n, p in s.student.parameters.items() if p.requires_grad}
     s.train_hard(2, "stage 2", None)
-    assert all(torch.equal(layer.selector.layers[0], r) for layer, r in zip(s.layers, routers, strict=True))
-    assert any(not torch.equal(s.student.parameters[n], v) for n, v in before.items())
+    for layer, router in zip(s.layers, routers, strict=True):
+        weight = layer.selector.layers[0]
+        assert torch.equal(weight, router) and not weight.requires_grad and weight.grad is None
+    assert len(before) == 2 * 9 + 1 and not any(torch.equal(s.student.parameters[n], v) for n, v in before.items())
     assert torch.equal(s.student.model.get_input_embeddings().weight, embedding)
 
 
