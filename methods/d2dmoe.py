@@ -32,7 +32,7 @@ CHOICES = {
     "activation": ("relu", "own"),
     "rule": ("dynamic", "top-k"),
     "scope": ("model", "layer"),
-    "selector": ("router", "oracle"),
+    "selector": ("router", "oracle", "random"),
 }
 
 
@@ -46,10 +46,11 @@ class D2dmoeOptions:
     full weight) bring no lower loss, and the best weights are kept; expert_size: neurons per expert;
     rank: of the routers (0: hidden size / 4, at most 512); windows: training windows that routers learn from; epochs:
     passes over them; rule: dynamic (the paper's) or top-k (its ablation, k fixed); scope: one tau for the model (the
-    paper's) or one for each layer, all layers equally dense; selector: router, or the control oracle (true norms, never
-    timed or ranked); projections: q, k, v, o become MLPs of the same cost first, distilled from them, with experts of
-    their own (the paper's option; density is then that of both, by weights); distill: passes over the windows for it;
-    tolerance: accepted distance to the target density; trials: values of tau."""
+    paper's) or one for each layer, all layers equally dense; selector: router, or one of two controls, random (the
+    router before it learned anything) and oracle (true norms, never timed or ranked); projections: q, k, v, o become
+    MLPs of the same cost first, distilled from them, with experts of their own (the paper's option; density is then
+    that of both, by weights); distill: passes over the windows for it; tolerance: accepted distance to the target
+    density; trials: values of tau."""
 
     penalty: str = "hoyer"
     weight: float = 16.0
@@ -158,7 +159,7 @@ class D2dmoe(Method):
                 a, b = self._start(*shape, generator)
                 tensors |= {f"router.{name}.a": a.bfloat16(), f"router.{name}.b": b.bfloat16()}
         artifact = self.artifact(model, self.target(density), tensors, {})
-        if self.options.rule == "dynamic" and self.options.selector == "router":
+        if self.options.rule == "dynamic" and self.options.selector != "oracle":
             with sparsify(model, artifact) as handle:
                 set_thresholds(handle, tokens, self.target(density))
                 tensors |= thresholds(handle)
@@ -268,7 +269,8 @@ class D2dmoe(Method):
             return norm_router(*self._start(layer.units, layer.up.in_features, generator))
 
         recipe = Recipe(mse_loss, lambda norms: norms, self.options.epochs, 1e-3, "cosine")
-        how = start, lambda layer, x: output_norms(layer), recipe, LATE
+        learned = recipe if self.options.selector == "router" else None
+        how = start, lambda layer, x: output_norms(layer), learned, LATE
         return learn(self, model, tensors, windows, data, *how, progress)
 
     def _reach(

@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from .artifact import Artifact
 from .base import Attachment, Data, Method, Progress, silent, sparsify
-from .errors import UsageError
+from .errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from sparse_kernels.layers import Meter, Phase
+    from sparse_kernels.layers import ExpertFFN, Meter, Phase
+    from sparse_kernels.selectors import Selector
 
     from .families import Block
     from .shared.student import Tuning
 
 
+SELECTORS = ("router", "oracle", "random")
 TAU = 0.5  # the paper's threshold on sigmoid scores, in all experiments; the same decision as logit > 0
 
 
@@ -40,9 +42,12 @@ class LteOptions:
     1.5e-5 for 4096-wide models, scaled by 4096 / hidden size); tolerance: accepted distance to the target density;
     trials: stage-1 trainings the search may spend on one target; dense_prefix: in stage 2 a random prefix of every
     window uses all experts, as a prompt does under mode decode (false: the paper's, every token routed); lora_rank: for
-    large models, train updates of the linear layers of this rank and the routers (0: the paper's, all weights; lr 0 is
-    then ten times the rate); patience: early stopping, off at 0: a stage ends when so many of 20 validations in a row
-    (on held-out training windows, with all of the stage's loss) bring no lower loss, and the best weights are kept."""
+    large models, train updates of the linear layers of this rank and the routers (0: the paper's, all weights; lr 0
+    is then ten times the rate); patience: early stopping, off at 0: a stage ends when so many of 20 validations in a
+    row (on held-out training windows, with all of the stage's loss) bring no lower loss, and the best weights are
+    kept; selector: router, or one of two controls on the same fine-tuned weights, each layer as dense as its router
+    makes it: random (the router before it learned anything) and oracle (the experts whose output has the largest
+    norm: no upper bound, since the weights have adapted to the routers); neither is ever timed or ranked."""
 
     expert_size: int = 32
     eta: float = 0.0
@@ -57,8 +62,11 @@ class LteOptions:
     dense_prefix: bool = True
     lora_rank: int = 0
     patience: int = 0
+    selector: str = "router"
 
     def __post_init__(self) -> None:
+        if self.selector not in SELECTORS:
+            raise unknown("lte selector", self.selector, SELECTORS)
         if self.expert_size < 1 or self.batch < 1 or self.trials < 1:
             raise UsageError("lte needs expert_size, batch and trials of at least 1: try lte:expert_size=32.")
         if self.eta < 0 or self.lambda_sep < 0 or self.sep_eps <= 0:
@@ -120,15 +128,18 @@ class Lte(Method):
     def attach(self, attachment: Attachment) -> None:
         import torch
 
-        from sparse_kernels.selectors import Router
+        from sparse_kernels.selectors import Oracle, Router
 
         from .families import activation_of
         from .shared.experts import attach_experts
+        from .shared.routers import output_norms
 
         tensors = attachment.artifact.tensors
 
-        def selector(index: int, layer: nn.Module) -> Router:
+        def selector(index: int, layer: ExpertFFN) -> Selector:
             threshold = tensors.get(f"threshold.{index}", torch.zeros(1))
+            if self.options.selector == "oracle":
+                return Oracle(layer.units, output_norms(layer), "threshold", threshold)
             return Router((tensors[f"router.{index}"],), "threshold", threshold)
 
         attach_experts(attachment, activation_of(attachment.model.config), self.options.expert_size, selector)
@@ -177,7 +188,10 @@ class _Trainer:
         start, label = perf_counter(), f"lte stage 2 at density {density:.2f}"
         student = self._student(self.trained[eta])
         losses = student.train_hard(self.options.stage2_steps, label, self._file(eta, 2))
+        tensors = student.tensors(self.model, self.permutations)
         usage = expert_usage(student.student, self.data.calibration)
+        if self.options.selector != "router":
+            tensors, usage = self._control(density, tensors, usage)
         reached, tolerance = mean_density(usage), self.options.tolerance
         if abs(self.density[eta] - density) <= tolerance:
             why = f"stage 2 moved it from {self.density[eta]:.3f}"
@@ -198,7 +212,24 @@ class _Trainer:
             "seconds": round(self.seconds + perf_counter() - start, 1),
             "device": next(self.model.parameters()).device.type,
         }
-        return student.tensors(self.model, self.permutations), manifest
+        return tensors, manifest
+
+    def _control(
+        self, density: float, tensors: dict[str, Tensor], usage: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The tensors and the usage of a control: thresholds at which each layer is as dense as by its own router."""
+        import torch
+
+        from .families import blocks
+        from .shared.selection import expert_usage, set_thresholds, thresholds
+
+        generator = torch.Generator().manual_seed(self.tuning.seed)
+        for block in blocks(self.model):
+            tensors[f"router.{block.index}"] = untaught(block, self.options.expert_size, generator).bfloat16()
+        shares = {name: float(share.mean()) for name, share in usage.items()}
+        with sparsify(self.model, self.method.artifact(self.model, density, tensors, {})) as handle:
+            set_thresholds(handle, self.data.calibration, shares)
+            return tensors | thresholds(handle), expert_usage(handle, self.data.calibration)
 
     def _stage1(self, eta: float) -> None:
         from .shared.selection import expert_usage, mean_density
@@ -220,7 +251,7 @@ class _Trainer:
     def _file(self, eta: float, stage: int) -> Path | None:
         from .shared.student import checkpoint_file
 
-        return checkpoint_file(self.data, self.method, self.model, f"eta{eta:.6g}-stage{stage}")
+        return checkpoint_file(self.data, self.method, self.model, f"eta{eta:.6g}-stage{stage}", ("selector",))
 
 
 class _Student:
@@ -246,9 +277,8 @@ class _Student:
 
         def layer(block: Block, phase: Phase, meter: Meter) -> SoftExpertFFN:
             gate, up, down = block.linears.get("gate"), block.linears["up"], block.linears["down"]
-            experts, width = up.out_features // options.expert_size, up.in_features
-            router = (torch.rand(experts, width, generator=generator) * 2 - 1) * width**-0.5
-            shared = activation, options.expert_size, Router((router,)), block.index, phase, meter
+            router = Router((untaught(block, options.expert_size, generator),))
+            shared = activation, options.expert_size, router, block.index, phase, meter
             made = SoftExpertFFN(gate, up, down, *shared)
             return made.requires_grad_(True)
 
@@ -302,10 +332,16 @@ class _Student:
 
     def tensors(self, base: PreTrainedModel, permutations: dict[str, Tensor]) -> dict[str, Tensor]:
         """The artifact: permutations, routers, and every trained parameter as a difference to the dense one."""
-        import torch
-
-        routers = {f"router.{n.layer}": n.selector.layers[0].detach().cpu().to(torch.bfloat16) for n in self.layers}
+        routers = {f"router.{n.layer}": n.selector.layers[0].detach().cpu().bfloat16() for n in self.layers}
         return {**permutations, **routers, **self.student.deltas(base, permutations)}
+
+
+def untaught(block: Block, size: int, generator: Any) -> Tensor:
+    """A router of a block's experts of `size` neurons before training, float32 [experts, d]."""
+    from .shared.routers import uniform
+
+    up = block.linears["up"]
+    return uniform(up.out_features // size, up.in_features, generator)
 
 
 def penalties(scores: Tensor, eps: float) -> tuple[Tensor, Tensor]:

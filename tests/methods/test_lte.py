@@ -6,20 +6,21 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from methods import sparsify
+from methods import UsageError, sparsify
 from methods.base import Data
 from methods.lte import LteOptions, _Student, penalties
 from methods.registry import parse
 from methods.shared import training
 from methods.shared.clustering import _stable, balanced_kmeans, expert_permutation
 from methods.shared.experts import dequantise, quantise
+from methods.shared.routers import output_norms
 from methods.shared.search import search
 from methods.shared.selection import expert_usage, mean_density
 from methods.shared.student import Student, Tuning
 from methods.shared.training import train
 from sparse_kernels.layers import ExpertFFN, Meter, Phase
 from sparse_kernels.selectors import Router
-from tests.methods.models import MODELS, data, llama, windows
+from tests.methods.models import MODELS, data, llama, opt, windows
 
 TUNING = Tuning(windows(16), batch=8, lr=0.01, seed=0, progress=lambda *a: None)
 
@@ -335,6 +336,40 @@ def test_a_density_that_stage_2_moves_is_told_in_the_record() -> None:
     (artifact,) = parse(spec.format(0.01)).prepare(llama(), data(), [target])
     assert not artifact.manifest["target_reached"]
     assert any("stage 2 moved it from" in note for note in artifact.manifest["notes"])
+
+
+def test_controls_are_the_same_weights_with_other_experts(tmp_path: Path) -> None:
+    """As many of them in every layer, trained once for all three."""
+    model, given = opt(), Data(data().calibration, data().train, data().corpus, str(tmp_path))
+    found, usages, kept = [], [], []
+    for selector in ("router", "random", "oracle"):
+        spec = f"lte:expert_size=8:eta=1:stage1_steps=8:stage2_steps=4:batch=2:lr=0.02:selector={selector}"
+        found += parse(spec).prepare(model, given, [0.5])
+        with sparsify(model, found[-1]) as handle:
+            usages.append([float(share.mean()) for share in expert_usage(handle, given.calibration).values()])
+            handle.phase.active = True
+            layer, x = handle.layers()[0], torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+            h = layer.hidden(x)
+            keep, norms = layer.selector(x, h), output_norms(layer)(h)
+            kept.append(float((norms * keep).sum() / (norms.mean() * keep.sum())))
+            if selector == "oracle":
+                assert torch.equal(keep, norms > layer.selector.threshold) and not layer.fast(x)
+    assert len(list(tmp_path.iterdir())) == 2
+    router, chance, oracle = found
+    assert usages[1] == pytest.approx(usages[0], abs=0.01) and usages[2] == pytest.approx(usages[0], abs=0.01)
+    assert abs(chance.manifest["stage2_density"] - router.manifest["stage2_density"]) < 0.01
+    assert kept[2] > max(kept[0], kept[1]) and abs(kept[1] - 1) < 0.2
+    for name, tensor in router.tensors.items():
+        if not name.startswith("router"):
+            assert torch.equal(chance.tensors[name], tensor) and torch.equal(oracle.tensors[name], tensor)
+    start = student(model, expert_size=8).layers[1].selector.layers[0]
+    assert torch.equal(chance.tensors["router.1"], start.bfloat16())
+    assert not torch.equal(router.tensors["router.1"], start.bfloat16())
+    synthetic = parse("lte:expert_size=8:selector=oracle").synthesize(model, 0.25, windows(8, seed=1))
+    with sparsify(model, synthetic) as handle:
+        assert mean_density(expert_usage(handle, windows(8, seed=1))) == pytest.approx(0.25, abs=0.01)
+    with pytest.raises(UsageError, match="did you mean random"):
+        parse("lte:selector=randm")
 
 
 def test_a_width_that_experts_do_not_divide_is_explained() -> None:
