@@ -151,11 +151,17 @@ def _items(row: Row) -> dict[int, dict[str, Any]]:
 
 
 def _is(row: Row, wanted: Mapping[str, Any]) -> bool:
-    """Whether this is a cell of the wanted kind that has scores and a target density to be named by."""
+    """Whether this is a cell of the wanted kind that has scores and a target density to be named by.
+
+    A control is no cell of its method, unless it is what is wanted.
+    """
     options = {"method": row.method, **_options(row)}
     scored = row.target is not None and bool(_items(row))
-    return scored and all(
-        options.get(name) in (value if isinstance(value, list) else [value]) for name, value in wanted.items()
+    meant = not row.control or "selector" in wanted
+    return (
+        scored
+        and meant
+        and all(options.get(name) in (value if isinstance(value, list) else [value]) for name, value in wanted.items())
     )
 
 

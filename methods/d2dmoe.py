@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from sparse_kernels.selectors import Router, Selector
 
 LATE = ("rule", "scope", "selector", "tolerance", "trials")  # options that matter after training
-ENFORCING = ("penalty", "weight", "ramp", "steps", "batch", "lr")  # and of the fine-tuning alone
+ENFORCING = ("penalty", "weight", "ramp", "steps", "batch", "lr", "patience")  # and of the fine-tuning alone
 CHOICES = {
     "penalty": ("hoyer", "l1"),
     "ramp": ("linear_warmup", "linear", "constant"),
     "activation": ("relu", "own"),
     "rule": ("dynamic", "top-k"),
     "scope": ("model", "layer"),
-    "selector": ("router", "oracle"),
+    "selector": ("router", "oracle", "random"),
 }
 
 
@@ -41,13 +41,16 @@ class D2dmoeOptions:
     """penalty: hoyer (square Hoyer) or l1; weight: of the penalty as a share of the neurons, so that it serves all
     widths (16 is 1e-3 at Gemma's 16384); ramp: how it grows, linear_warmup (over the first half), linear or constant;
     activation: relu (takes the place of the model's) or own (kept, and its inputs pushed below -10); steps, batch, lr:
-    fine-tuning (0 steps: none, the model as it is; lr 0: 1e-4 at width 2048, scaled); expert_size: neurons per expert;
+    fine-tuning (0 steps: none, the model as it is; lr 0: 1e-4 at width 2048, scaled); patience: early stopping, off at
+    0: fine-tuning ends when so many of 20 validations in a row (on held-out training windows, with the penalty at its
+    full weight) bring no lower loss, and the best weights are kept; expert_size: neurons per expert;
     rank: of the routers (0: hidden size / 4, at most 512); windows: training windows that routers learn from; epochs:
     passes over them; rule: dynamic (the paper's) or top-k (its ablation, k fixed); scope: one tau for the model (the
-    paper's) or one for each layer, all layers equally dense; selector: router, or the control oracle (true norms, never
-    timed or ranked); projections: q, k, v, o become MLPs of the same cost first, distilled from them, with experts of
-    their own (the paper's option; density is then that of both, by weights); distill: passes over the windows for it;
-    tolerance: accepted distance to the target density; trials: values of tau."""
+    paper's) or one for each layer, all layers equally dense; selector: router, or one of two controls, random (the
+    router before it learned anything) and oracle (true norms, never timed or ranked); projections: q, k, v, o become
+    MLPs of the same cost first, distilled from them, with experts of their own (the paper's option; density is then
+    that of both, by weights); distill: passes over the windows for it; tolerance: accepted distance to the target
+    density; trials: values of tau."""
 
     penalty: str = "hoyer"
     weight: float = 16.0
@@ -56,6 +59,7 @@ class D2dmoeOptions:
     steps: int = 400
     batch: int = 8
     lr: float = 0.0
+    patience: int = 0
     expert_size: int = 32
     rank: int = 0
     windows: int = 400
@@ -74,6 +78,8 @@ class D2dmoeOptions:
                 raise unknown(f"d2dmoe {name}", getattr(self, name), known)
         if self.weight < 0 or self.steps < 0 or self.rank < 0 or self.tolerance <= 0:
             raise UsageError("d2dmoe needs weight, steps and rank of at least 0 and a tolerance: try d2dmoe:steps=400.")
+        if self.patience < 0:
+            raise UsageError("d2dmoe needs a patience of at least 0: try d2dmoe:patience=3.")
         if min(self.expert_size, self.windows, self.epochs, self.distill, self.batch, self.trials) < 1:
             raise UsageError("d2dmoe counts experts, windows, epochs and trials from 1: try d2dmoe:epochs=30.")
 
@@ -153,7 +159,7 @@ class D2dmoe(Method):
                 a, b = self._start(*shape, generator)
                 tensors |= {f"router.{name}.a": a.bfloat16(), f"router.{name}.b": b.bfloat16()}
         artifact = self.artifact(model, self.target(density), tensors, {})
-        if self.options.rule == "dynamic" and self.options.selector == "router":
+        if self.options.rule == "dynamic" and self.options.selector != "oracle":
             with sparsify(model, artifact) as handle:
                 set_thresholds(handle, tokens, self.target(density))
                 tensors |= thresholds(handle)
@@ -231,12 +237,9 @@ class D2dmoe(Method):
 
         options, relu = self.options, self.options.activation == "relu"
         rate = learning_rate(model, options.lr, D2DMOE_RATE)
-        tuning = Tuning(data.train(options.steps * options.batch), options.batch, rate, data.seed, progress)
-        told: dict[str, Any] = {
-            "notes": tuning.notes(options.steps),
-            "lr": rate,
-            "tokens": tuning.tokens(options.steps),
-        }
+        windows = data.train(options.steps * options.batch)
+        tuning = Tuning(windows, options.batch, rate, data.seed, progress, patience=options.patience)
+        notes = tuning.notes(options.steps)
         mlps = makes(projections, self._hidden(), options.expert_size) if projections else None
         student = Student(model, tuning, None, dense_ffn("relu" if relu else activation_of(model.config)), mlps)
         loss = sparse_loss(student, options.penalty, options.weight, options.ramp, relu)
@@ -244,6 +247,8 @@ class D2dmoe(Method):
         place = checkpoint_file(data, self, model, "sparsity", free)
         losses = student.train(loss, options.steps, "d2dmoe sparsity", place)
         tensors = student.deltas(model, {}) | stored(student.layers())
+        notes += tuning.stopped(losses, options.steps, "fine-tuning")
+        told = {"notes": notes, "lr": rate, "tokens": tuning.tokens(len(losses))}
         return tensors, told | {"loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]]}
 
     def _routers(
@@ -264,7 +269,8 @@ class D2dmoe(Method):
             return norm_router(*self._start(layer.units, layer.up.in_features, generator))
 
         recipe = Recipe(mse_loss, lambda norms: norms, self.options.epochs, 1e-3, "cosine")
-        how = start, lambda layer, x: output_norms(layer), recipe, LATE
+        learned = recipe if self.options.selector == "router" else None
+        how = start, lambda layer, x: output_norms(layer), learned, LATE
         return learn(self, model, tensors, windows, data, *how, progress)
 
     def _reach(

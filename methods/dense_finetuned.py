@@ -19,16 +19,19 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class DenseFinetunedOptions:
     """steps, batch (windows per step): the budget, by default what lte and d2dmoe spend on one artifact; lr: learning
-    rate (0: as for lte); lora_rank: as for lte."""
+    rate (0: as for lte); lora_rank, patience: as for lte."""
 
     steps: int = 450
     batch: int = 8
     lr: float = 0.0
     lora_rank: int = 0
+    patience: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < 1 or self.batch < 1 or self.lora_rank < 0:
+        if self.steps < 1 or self.batch < 1:
             raise UsageError("dense-finetuned needs steps and batch of at least 1: try dense-finetuned:steps=450.")
+        if self.lora_rank < 0 or self.patience < 0:
+            raise UsageError("dense-finetuned needs lora_rank and patience from 0: try dense-finetuned:patience=3.")
 
 
 class DenseFinetuned(Method):
@@ -46,10 +49,11 @@ class DenseFinetuned(Method):
         from .shared.student import LTE_RATE, Student, Tuning, checkpoint_file, learning_rate
 
         start, steps, batch = perf_counter(), self.options.steps, self.options.batch
-        rank = self.options.lora_rank
+        rank, patience = self.options.lora_rank, self.options.patience
         rate = learning_rate(model, self.options.lr, LTE_RATE, rank)
-        student = Student(model, Tuning(data.train(steps * batch), batch, rate, data.seed, progress, lora_rank=rank))
-        notes = student.tuning.notes(steps)
+        tuning = Tuning(data.train(steps * batch), batch, rate, data.seed, progress, rank, patience)
+        notes = tuning.notes(steps)
+        student = Student(model, tuning)
         place = checkpoint_file(data, self, model, "dense")
         losses = student.train(lambda ids, done: student.task_loss(ids), steps, "dense fine-tuning", place)
         manifest = {
@@ -57,8 +61,8 @@ class DenseFinetuned(Method):
             "seed": data.seed,
             "lr": rate,
             "loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]],
-            "notes": notes,
-            "tokens": student.tuning.tokens(steps),
+            "notes": notes + tuning.stopped(losses, steps, "fine-tuning"),
+            "tokens": tuning.tokens(len(losses)),
             "seconds": round(perf_counter() - start, 1),
             "device": next(model.parameters()).device.type,
         }

@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING, Any
 
 from .artifact import Artifact
 from .base import Attachment, Data, Method, Progress, silent, sparsify
-from .errors import UsageError
+from .errors import UsageError, unknown
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
     from transformers import PreTrainedModel
 
-    from sparse_kernels.layers import Meter, Phase
+    from sparse_kernels.layers import ExpertFFN, Meter, Phase
+    from sparse_kernels.selectors import Selector
 
     from .families import Block
     from .shared.student import Tuning
 
 
+SELECTORS = ("router", "oracle", "random")
 TAU = 0.5  # the paper's threshold on sigmoid scores, in all experiments; the same decision as logit > 0
 
 
@@ -40,8 +42,12 @@ class LteOptions:
     1.5e-5 for 4096-wide models, scaled by 4096 / hidden size); tolerance: accepted distance to the target density;
     trials: stage-1 trainings the search may spend on one target; dense_prefix: in stage 2 a random prefix of every
     window uses all experts, as a prompt does under mode decode (false: the paper's, every token routed); lora_rank: for
-    large models, train updates of the linear layers of this rank and the routers (0: the paper's, all weights; lr 0 is
-    then ten times the rate)."""
+    large models, train updates of the linear layers of this rank and the routers (0: the paper's, all weights; lr 0
+    is then ten times the rate); patience: early stopping, off at 0: a stage ends when so many of 20 validations in a
+    row (on held-out training windows, with all of the stage's loss) bring no lower loss, and the best weights are
+    kept; selector: router, or one of two controls on the same fine-tuned weights, each layer as dense as its router
+    makes it: random (the router before it learned anything) and oracle (the experts whose output has the largest
+    norm: no upper bound, since the weights have adapted to the routers); neither is ever timed or ranked."""
 
     expert_size: int = 32
     eta: float = 0.0
@@ -55,14 +61,20 @@ class LteOptions:
     trials: int = 8
     dense_prefix: bool = True
     lora_rank: int = 0
+    patience: int = 0
+    selector: str = "router"
 
     def __post_init__(self) -> None:
+        if self.selector not in SELECTORS:
+            raise unknown("lte selector", self.selector, SELECTORS)
         if self.expert_size < 1 or self.batch < 1 or self.trials < 1:
             raise UsageError("lte needs expert_size, batch and trials of at least 1: try lte:expert_size=32.")
         if self.eta < 0 or self.lambda_sep < 0 or self.sep_eps <= 0:
             raise UsageError("lte needs eta >= 0, lambda_sep >= 0 and sep_eps > 0: try lte:sep_eps=0.01.")
         if self.stage1_steps < 1 or self.stage2_steps < 0 or self.lora_rank < 0:
             raise UsageError("lte needs stage1_steps >= 1, stage2_steps and lora_rank >= 0: try lte:stage1_steps=150.")
+        if self.patience < 0:
+            raise UsageError("lte needs a patience of at least 0: try lte:patience=3.")
 
 
 class Lte(Method):
@@ -117,15 +129,18 @@ class Lte(Method):
     def attach(self, attachment: Attachment) -> None:
         import torch
 
-        from sparse_kernels.selectors import Router
+        from sparse_kernels.selectors import Oracle, Router
 
         from .families import activation_of
         from .shared.experts import attach_experts
+        from .shared.routers import output_norms
 
         tensors = attachment.artifact.tensors
 
-        def selector(index: int, layer: nn.Module) -> Router:
+        def selector(index: int, layer: ExpertFFN) -> Selector:
             threshold = tensors.get(f"threshold.{index}", torch.zeros(1))
+            if self.options.selector == "oracle":
+                return Oracle(layer.units, output_norms(layer), "threshold", threshold)
             return Router((tensors[f"router.{index}"],), "threshold", threshold)
 
         attach_experts(attachment, activation_of(attachment.model.config), self.options.expert_size, selector)
@@ -145,10 +160,11 @@ class _Trainer:
         windows = data.train(options.batch * longest)
         rank = options.lora_rank
         rate = learning_rate(model, options.lr, LTE_RATE, rank)
-        self.tuning = Tuning(windows, options.batch, rate, data.seed, progress, lora_rank=rank)
+        self.tuning = Tuning(windows, options.batch, rate, data.seed, progress, rank, options.patience)
         self.notes = self.tuning.notes(longest)
         self.trained: dict[float, dict[str, Tensor]] = {}
         self.density: dict[float, float] = {}
+        self.stopped: dict[float, list[str]] = {}  # notes on stage 1
         self.permutations = {}
         found = list(blocks(model))
         for block in found:
@@ -173,10 +189,14 @@ class _Trainer:
         start, label = perf_counter(), f"lte stage 2 at density {density:.2f}"
         student = self._student(self.trained[eta])
         losses = student.train_hard(self.options.stage2_steps, label, self._file(eta, 2))
+        tensors = student.tensors(self.model, self.permutations)
         usage = expert_usage(student.student, self.data.calibration)
+        if self.options.selector != "router":
+            tensors, usage = self._control(density, tensors, usage)
         reached, tolerance = mean_density(usage), self.options.tolerance
         if abs(self.density[eta] - density) <= tolerance:
             why = f"stage 2 moved it from {self.density[eta]:.3f}"
+        stopped = self.stopped[eta] + self.tuning.stopped(losses, self.options.stage2_steps, "stage 2")
         manifest = {
             "corpus": self.data.corpus,
             "seed": self.data.seed,
@@ -187,13 +207,30 @@ class _Trainer:
             "target_reached": abs(reached - density) <= tolerance,
             "stage2_loss": [round(v, 4) for v in losses[:: max(1, len(losses) // 20)]],
             "stage2_density": round(reached, 4),
-            "notes": self.notes + missed(density, reached, why, tolerance),
+            "notes": self.notes + stopped + missed(density, reached, why, tolerance),
             "warnings": warnings(usage),
-            "tokens": self.tokens + self.tuning.tokens(self.options.stage2_steps),
+            "tokens": self.tokens + self.tuning.tokens(len(losses)),
             "seconds": round(self.seconds + perf_counter() - start, 1),
             "device": next(self.model.parameters()).device.type,
         }
-        return student.tensors(self.model, self.permutations), manifest
+        return tensors, manifest
+
+    def _control(
+        self, density: float, tensors: dict[str, Tensor], usage: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The tensors and the usage of a control: thresholds at which each layer is as dense as by its own router."""
+        import torch
+
+        from .families import blocks
+        from .shared.selection import expert_usage, set_thresholds, thresholds
+
+        generator = torch.Generator().manual_seed(self.tuning.seed)
+        for block in blocks(self.model):
+            tensors[f"router.{block.index}"] = untaught(block, self.options.expert_size, generator).bfloat16()
+        shares = {name: float(share.mean()) for name, share in usage.items()}
+        with sparsify(self.model, self.method.artifact(self.model, density, tensors, {})) as handle:
+            set_thresholds(handle, self.data.calibration, shares)
+            return tensors | thresholds(handle), expert_usage(handle, self.data.calibration)
 
     def _stage1(self, eta: float) -> None:
         from .shared.selection import expert_usage, mean_density
@@ -201,10 +238,12 @@ class _Trainer:
 
         start = perf_counter()
         student = self._student(None)
-        student.train_soft(eta, self.options.stage1_steps, f"lte stage 1 at eta {eta:.3g}", self._file(eta, 1))
+        steps, label = self.options.stage1_steps, f"lte stage 1 at eta {eta:.3g}"
+        losses = student.train_soft(eta, steps, label, self._file(eta, 1))
+        self.stopped[eta] = self.tuning.stopped(losses, steps, "stage 1")
         self.density[eta] = agreed(mean_density(expert_usage(student.student, self.data.calibration)))
         self.trained[eta] = student.state()
-        self.tokens += self.tuning.tokens(self.options.stage1_steps)
+        self.tokens += self.tuning.tokens(len(losses))
         self.seconds += perf_counter() - start
 
     def _student(self, state: dict[str, Tensor] | None) -> _Student:
@@ -213,7 +252,7 @@ class _Trainer:
     def _file(self, eta: float, stage: int) -> Path | None:
         from .shared.student import checkpoint_file
 
-        return checkpoint_file(self.data, self.method, self.model, f"eta{eta:.6g}-stage{stage}")
+        return checkpoint_file(self.data, self.method, self.model, f"eta{eta:.6g}-stage{stage}", ("selector",))
 
 
 class _Student:
@@ -239,9 +278,8 @@ class _Student:
 
         def layer(block: Block, phase: Phase, meter: Meter) -> SoftExpertFFN:
             gate, up, down = block.linears.get("gate"), block.linears["up"], block.linears["down"]
-            experts, width = up.out_features // options.expert_size, up.in_features
-            router = (torch.rand(experts, width, generator=generator) * 2 - 1) * width**-0.5
-            shared = activation, options.expert_size, Router((router,)), block.index, phase, meter
+            router = Router((untaught(block, options.expert_size, generator),))
+            shared = activation, options.expert_size, router, block.index, phase, meter
             made = SoftExpertFFN(gate, up, down, *shared)
             return made.requires_grad_(True)
 
@@ -295,10 +333,16 @@ class _Student:
 
     def tensors(self, base: PreTrainedModel, permutations: dict[str, Tensor]) -> dict[str, Tensor]:
         """The artifact: permutations, routers, and every trained parameter as a difference to the dense one."""
-        import torch
-
-        routers = {f"router.{n.layer}": n.selector.layers[0].detach().cpu().to(torch.bfloat16) for n in self.layers}
+        routers = {f"router.{n.layer}": n.selector.layers[0].detach().cpu().bfloat16() for n in self.layers}
         return {**permutations, **routers, **self.student.deltas(base, permutations)}
+
+
+def untaught(block: Block, size: int, generator: Any) -> Tensor:
+    """A router of a block's experts of `size` neurons before training, float32 [experts, d]."""
+    from .shared.routers import uniform
+
+    up = block.linears["up"]
+    return uniform(up.out_features // size, up.in_features, generator)
 
 
 def penalties(scores: Tensor, eps: float) -> tuple[Tensor, Tensor]:

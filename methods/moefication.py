@@ -37,7 +37,8 @@ class MoeficationOptions:
     variant: relu (the paper's, needs a ReLU model), relufied (ReLU put in place by `relu_steps` steps of fine-tuning),
     mean (G-MoEfication: a skipped neuron counts with its mean), direct (nothing done about the activation), auto
     (relu where the model has it, else mean); expert_size: neurons per expert; windows: training windows that routers
-    learn from; epochs: passes over them; relu_steps, batch, lr: fine-tuning of relufied (lr 0: as for d2dmoe)."""
+    learn from; epochs: passes over them; relu_steps, batch, lr, patience: fine-tuning of relufied (lr 0: as for d2dmoe;
+    patience as there)."""
 
     split: str = "kmeans"
     selector: str = "mlp"
@@ -48,6 +49,7 @@ class MoeficationOptions:
     relu_steps: int = 400
     batch: int = 8
     lr: float = 0.0
+    patience: int = 0
 
     def __post_init__(self) -> None:
         for name, known in (("split", SPLITS), ("selector", SELECTORS), ("variant", VARIANTS)):
@@ -55,6 +57,8 @@ class MoeficationOptions:
                 raise unknown(f"moefication {name}", getattr(self, name), known)
         if min(self.expert_size, self.windows, self.epochs, self.relu_steps, self.batch) < 1:
             raise UsageError("moefication counts experts, windows, epochs and steps from 1: try moefication:epochs=30.")
+        if self.patience < 0:
+            raise UsageError("moefication needs a patience of at least 0: try moefication:patience=3.")
 
 
 class Moefication(Method):
@@ -187,12 +191,15 @@ class Moefication(Method):
 
         steps, batch = self.options.relu_steps, self.options.batch
         rate = learning_rate(model, self.options.lr, D2DMOE_RATE)
-        tuning = Tuning(data.train(steps * batch), batch, rate, data.seed, progress)
-        told: dict[str, Any] = {"notes": tuning.notes(steps), "tokens": tuning.tokens(steps), "lr": rate}
+        patience = self.options.patience
+        tuning = Tuning(data.train(steps * batch), batch, rate, data.seed, progress, patience=patience)
+        notes = tuning.notes(steps)
         student = Student(model, tuning, None, dense_ffn("relu"))
         free = ("split", "selector", "expert_size", "windows", "epochs")
         place = checkpoint_file(data, self, model, "relu", free)
         losses = student.train(lambda ids, done: student.task_loss(ids), steps, "moefication with ReLU", place)
+        notes += tuning.stopped(losses, steps, "fine-tuning with ReLU")
+        told = {"notes": notes, "tokens": tuning.tokens(len(losses)), "lr": rate}
         return student.deltas(model, {}), told | {"relu_loss": losses[:: max(1, len(losses) // 20)]}
 
     def _routers(

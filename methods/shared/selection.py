@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -100,20 +101,25 @@ def threshold_for(selector: Selector, score: Tensor, density: float) -> Tensor:
 
 
 @torch.no_grad()
-def set_thresholds(handle: SparseModel, windows: Tensor, density: float) -> None:
+def set_thresholds(handle: SparseModel, windows: Tensor, density: float | dict[str, float]) -> None:
     """Gives every layer the threshold at which it has this density on the second half of up to 16 windows.
 
+    density: of all layers, or by a layer's name.
     In one pass: a layer's threshold is set before it computes, on inputs that the layers before it made with theirs.
     """
     windows = windows[:WINDOWS].to(next(handle.model.parameters()).device)
     late = torch.arange(windows.shape[1], device=windows.device) >= windows.shape[1] // 2
 
-    def decide(module: Selector, args: tuple[Tensor, Tensor]) -> None:
-        score = module.scores(*args)
-        score = score.reshape(-1, len(late), score.shape[-1])[:, late].flatten(0, 1)
-        module.threshold.copy_(threshold_for(module, score, density))
+    def decide(density: float) -> Callable[[Selector, tuple[Tensor, Tensor]], None]:
+        def hook(module: Selector, args: tuple[Tensor, Tensor]) -> None:
+            score = module.scores(*args)
+            score = score.reshape(-1, len(late), score.shape[-1])[:, late].flatten(0, 1)
+            module.threshold.copy_(threshold_for(module, score, density))
 
-    hooks = [layer.selector.register_forward_pre_hook(decide) for layer in handle.layers()]
+        return hook
+
+    wanted = density if isinstance(density, dict) else {layer.name: density for layer in handle.layers()}
+    hooks = [layer.selector.register_forward_pre_hook(decide(wanted[layer.name])) for layer in handle.layers()]
     try:
         with handle.positions(late.expand(len(windows), -1)):
             handle.model(input_ids=windows, use_cache=False, logits_to_keep=1)

@@ -23,17 +23,19 @@ from ..errors import UsageError
 from ..families import Block, blocks
 from . import lora
 from .experts import neuron_order, permuted, place_ffn, quantise
-from .training import sharded, train, whole
+from .training import accelerator, sharded, train, whole
 
 MINIMUM = 5000  # tokens; less is learned by heart
+VALIDATIONS = 20  # of a training with early stopping
 FORMAT = 2  # of checkpoints: those that an earlier version left are not read
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How to fine-tune. windows: int64 [n, window]; batch: windows per step, in `accumulate` parts; lr: peak rate.
+    """How to fine-tune. windows: int64 [n, window]; batch: windows per step; lr: peak rate.
 
-    lora_rank: of the updates of linear layers that are trained in place of all weights; 0 for all.
+    lora_rank: of the updates of linear layers that are trained in place of all weights; 0 for all; patience: of
+    VALIDATIONS on held-out windows, those in a row without a lower loss before training stops; 0 for never.
     """
 
     windows: Tensor
@@ -41,14 +43,29 @@ class Tuning:
     lr: float
     seed: int
     progress: Progress
-    accumulate: int = 1
     lora_rank: int = 0
+    patience: int = 0
 
     def tokens(self, steps: int) -> int:
         return steps * self.batch * self.windows.shape[1]
 
+    @property
+    def held_out(self) -> int:
+        """The windows, last of all, that early stopping judges by: whole batches, about a tenth, four at most."""
+        return self.batch * max(1, min(4, len(self.windows) // (10 * self.batch))) if self.patience else 0
+
+    def stopped(self, losses: Sequence[float], steps: int, label: str) -> list[str]:
+        """A note if early stopping ended a training of `steps`."""
+        early = len(losses) < steps
+        return [f"{label} stopped early, after {len(losses)} of {steps} steps"] if early else []
+
     def notes(self, steps: int) -> list[str]:
         """A note if the text is shorter than what `steps` read. Raises UsageError if there is hardly any."""
+        if len(self.windows) < 2 * self.held_out:
+            raise UsageError(
+                f"early stopping holds out {self.held_out} windows of training text, of {len(self.windows)}: "
+                "choose a larger --corpus or patience=0."
+            )
         found, wanted = self.windows.numel(), self.tokens(steps)
         if found >= 0.95 * wanted:
             return []
@@ -191,15 +208,20 @@ class Student:
             self.model.cpu()
             spare = copy.deepcopy((self.model, self._layers, self.phase, self.meter))
             self.model.to(device)
+        judges = self.tuning.held_out
+        learned, held_out = self.tuning.windows.split([len(self.tuning.windows) - judges, judges])
         losses = train(
             self.model,
-            self.tuning.windows,
+            learned,
             loss,
             steps=steps,
             batch=self.tuning.batch,
             learning_rate=self.tuning.lr,
-            accumulate=self.tuning.accumulate,
+            accumulate=accelerator().gradient_accumulation_steps,
             divide=True,
+            held_out=held_out if judges else None,
+            every=max(1, steps // VALIDATIONS),
+            patience=self.tuning.patience,
             seed=self.tuning.seed,
             label=label,
             progress=self.tuning.progress,

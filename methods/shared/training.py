@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -48,6 +48,7 @@ def train(
     mixed: bool = True,
     divide: bool = False,
     validate: Callable[[], float] | None = None,
+    held_out: Tensor | None = None,
     every: int = 1,
     patience: int = 0,
     goal: float = -math.inf,
@@ -61,11 +62,13 @@ def train(
 
     AdamW (0.9, 0.999), gradient clipping at 1.0, by default no weight decay and linear warm-up, then linear decay to
     zero: the defaults of the transformers Trainer, which the LTE paper builds on. Mixed bfloat16 where the hardware has
-    it (float16 where accelerate's configuration asks for it), unless `mixed` is off.
+    it, unless `mixed` is off.
     windows: [n, ...], of any dtype; batch: windows per step, processed in `accumulate` parts; divide: among the
-    processes, where there are several, instead of all of them in each. Returns the loss of every step. `validate`
-    (lower is better) is asked every `every` steps; the best parameters it saw are those at the end, and training stops
-    after `patience` answers that were no better (0: never), or at one below `goal`. With `checkpoint`, the state is
+    processes, where there are several, instead of all of them in each, and in the precision that accelerate's
+    configuration asks for, if there is one. Returns the loss of every step. `validate` (lower is better; by default the
+    loss of the windows `held_out`, a multiple of the batch, as it is at the end of training) is asked every `every`
+    steps; the best parameters it saw are those at the end, and training stops after `patience` answers that were no
+    better (0: never), or at one below `goal`. With `checkpoint`, the state is
     saved every minute and at the end, and a later call with the same arguments goes on from there, to the same result.
     Raises UsageError when the loss is no longer finite.
     """
@@ -79,11 +82,14 @@ def train(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}  # FSDP has put shards in their place
     rising = max(1, round(warmup * steps))
     best = _Best(trained, patience, goal)
-    identity = [steps, batch, learning_rate, seed, schedule, accumulate, patience, goal, weight_decay]
-    state = _State(checkpoint, json.dumps(identity), team.is_main)
+    # Neither the processes nor their parts of a batch are in it: training may go on with others.
+    identity = [steps, batch, learning_rate, seed, schedule, patience, goal, weight_decay]
+    state = _State(checkpoint, json.dumps(identity), team.is_main, team.scaler)
     losses = state.load(trained, optimiser, best)
     saved, finished = perf_counter(), bool(losses) and (len(losses) == steps or best.given_up)
     history = [torch.tensor(value) for value in losses]
+    if validate is None and held_out is not None:
+        validate = partial(_validation, step_loss, held_out.to(device), batch, accumulate, team)
     for step in range(len(losses), steps):
         if best.given_up:
             break
@@ -94,9 +100,9 @@ def train(
         parts = team.share(rows, accumulate)
         for number, part in enumerate(parts):
             with nullcontext() if number + 1 == len(parts) else team.no_sync(step_loss):
-                partial = step_loss(windows[part].to(device), step / steps) * (len(part) / batch)
-                team.backward(partial)
-            value += partial.detach()
+                weighted = step_loss(windows[part].to(device), step / steps) * (len(part) / batch)
+                team.backward(weighted)
+            value += weighted.detach()
         team.clip(trained.values(), 1.0)
         left = SCHEDULES[schedule](min(1.0, (steps - step) / max(1, steps - rising)))
         for group in optimiser.param_groups:
@@ -125,6 +131,9 @@ def accelerator() -> Accelerator:
     """The process's one, as `accelerate launch` or its environment has configured it."""
     from accelerate import Accelerator
 
+    parts = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if not parts.isdecimal() or int(parts) < 1:
+        raise UsageError(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={parts} is not a number of parts: try 4.")
     found = Accelerator()
     if plugin := _fsdp(found):
         if plugin.fsdp_version != 2:
@@ -142,6 +151,19 @@ def _fsdp(hub: Accelerator) -> Any:
     return getattr(hub.state, "fsdp_plugin", None)
 
 
+@cache
+def _fresh(scaler: torch.amp.GradScaler) -> dict[str, Any]:
+    """The state of accelerate's one gradient scaler as it was before the first training."""
+    return scaler.state_dict()
+
+
+def _precision(hub: Accelerator) -> torch.dtype:
+    """As accelerate is configured, which reports "no" also where nobody has configured it: then bfloat16."""
+    if os.environ.get("ACCELERATE_MIXED_PRECISION") == "no":
+        return torch.float32
+    return torch.float16 if hub.mixed_precision == "fp16" else torch.bfloat16
+
+
 def whole(value: Tensor) -> Tensor:
     """A tensor of which FSDP may have left a shard here, complete; every process has to ask."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -150,6 +172,15 @@ def whole(value: Tensor) -> Tensor:
 def agreed(value: float) -> float:
     """The first process's value, on all of them: what decides how training goes on."""
     return _Team(divide=True).agree(value)
+
+
+@torch.no_grad()
+def _validation(step_loss: nn.Module, windows: Tensor, batch: int, parts: int, team: _Team) -> float:
+    total = torch.zeros((), device=windows.device)
+    for rows in torch.arange(len(windows)).split(batch):
+        for part in team.share(rows, parts):
+            total += step_loss(windows[part], 1.0) * len(part)
+    return float(team.total(total)) / len(windows)
 
 
 class _StepLoss(nn.Module):
@@ -163,8 +194,10 @@ class _StepLoss(nn.Module):
         self.blocks = list(getattr(model, "_no_split_modules", None) or ())  # what FSDP shards by
 
     def forward(self, windows: Tensor, done: float) -> Tensor:
-        mixed = self.mixed and (windows.device.type == "cuda" or torch.cpu._is_avx512_bf16_supported())
-        with torch.autocast(windows.device.type, self.precision, enabled=mixed):
+        device = windows.device.type
+        mixed = self.mixed and self.precision != torch.float32
+        mixed = mixed and (device == "cuda" or torch.cpu._is_avx512_bf16_supported())
+        with torch.autocast(device, self.precision, enabled=mixed):
             return self.loss(windows, done)
 
 
@@ -176,12 +209,15 @@ class _Team:
         self.size = self.hub.num_processes if divide else 1
         self.divide = divide
         self.is_main = self.hub.is_main_process
-        self.precision = torch.float16 if divide and self.hub.mixed_precision == "fp16" else torch.bfloat16
+        self.precision = _precision(self.hub) if divide else torch.bfloat16
+        self.scaler: torch.amp.GradScaler | None = self.hub.scaler if divide else None
 
     def prepare(self, step_loss: nn.Module, optimiser: Any) -> tuple[nn.Module, Any]:
         if not self.divide:
             return step_loss, optimiser
         self.hub.free_memory()  # which an interrupted training may still hold
+        if self.scaler is not None:  # each training begins alike, whatever came before it in this process
+            self.scaler.load_state_dict(_fresh(self.scaler))
         if plugin := _fsdp(self.hub):
             plugin.transformer_cls_names_to_wrap = step_loss.blocks  # of this model, not of an earlier one
         prepared: tuple[nn.Module, Any] = self.hub.prepare(step_loss, optimiser, device_placement=[False, False])
@@ -192,7 +228,7 @@ class _Team:
         if len(rows) < self.size * parts:
             raise UsageError(
                 f"{len(rows)} windows a step are too few for {self.size} processes with {parts} parts each: "
-                "give a larger batch."
+                "give a larger batch or fewer gradient accumulation steps."
             )
         return rows.tensor_split(self.size)[self.hub.process_index if self.size > 1 else 0].tensor_split(parts)
 
@@ -201,7 +237,8 @@ class _Team:
 
     def backward(self, loss: Tensor) -> None:
         if self.divide:
-            self.hub.backward(loss * self.size)  # gradients are averaged over processes, and wanted is their sum
+            # Gradients are averaged over processes and divided by accelerate's number of parts; wanted is their sum.
+            self.hub.backward(loss * self.size * self.hub.gradient_accumulation_steps)
         else:
             loss.backward()
 
@@ -252,11 +289,14 @@ class _Best:
 class _State:
     """One safetensors file, replaced atomically: parameters, the best ones, AdamW's moments, the losses so far.
 
-    Complete tensors, whatever is sharded, so that training goes on with any number of processes.
+    Complete tensors, whatever is sharded, so that training goes on with any number of processes. With a scaler of
+    float16 gradients, its state too, and how many of the steps it let AdamW take (none yet: there are no moments).
     """
 
-    def __init__(self, path: Path | None, identity: str, writes: bool = True) -> None:
-        self.path, self.identity, self.writes = path, identity, writes
+    def __init__(
+        self, path: Path | None, identity: str, writes: bool = True, scaler: torch.amp.GradScaler | None = None
+    ) -> None:
+        self.path, self.identity, self.writes, self.scaler = path, identity, writes, scaler
 
     def load(self, trained: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, best: _Best) -> list[float]:
         if self.path is None or not self.path.exists():
@@ -269,14 +309,18 @@ class _State:
                 return []
             losses: list[float] = json.loads(header["losses"])
             best.value, best.waited = json.loads(header["best"])
+            taken, scale = json.loads(header["taken"]), json.loads(header["scaler"])
+            if self.scaler is not None and scale is not None:
+                self.scaler.load_state_dict(scale)
             with torch.no_grad():
                 for name, parameter in trained.items():
                     parameter.copy_(_like(parameter, file.get_tensor(name)))
-                    optimiser.state[parameter] = {
-                        "step": torch.tensor(float(len(losses)), device=parameter.device),
-                        "exp_avg": _like(parameter, file.get_tensor(f"{name}.m")),
-                        "exp_avg_sq": _like(parameter, file.get_tensor(f"{name}.v")),
-                    }
+                    if taken:
+                        optimiser.state[parameter] = {
+                            "step": torch.tensor(taken, device=parameter.device),
+                            "exp_avg": _like(parameter, file.get_tensor(f"{name}.m")),
+                            "exp_avg_sq": _like(parameter, file.get_tensor(f"{name}.v")),
+                        }
                     if best.value < math.inf:
                         best.tensors[name] = _like(parameter, file.get_tensor(f"{name}.best"))
         return losses
@@ -289,15 +333,22 @@ class _State:
         from safetensors.torch import save_file
 
         tensors = {f"{name}.best": tensor for name, tensor in best.tensors.items()}
+        taken = 0.0
         for name, parameter in trained.items():
-            moments = optimiser.state[parameter]
             tensors[name] = parameter.detach()
-            tensors[f"{name}.m"], tensors[f"{name}.v"] = moments["exp_avg"], moments["exp_avg_sq"]
+            if moments := optimiser.state.get(parameter):
+                tensors[f"{name}.m"], tensors[f"{name}.v"] = moments["exp_avg"], moments["exp_avg_sq"]
+                taken = float(moments["step"])
         complete = {name: whole(tensor).cpu().contiguous() for name, tensor in tensors.items()}
         if not self.writes:
             return
-        losses = json.dumps([float(v) for v in history])
-        header = {"identity": self.identity, "losses": losses, "best": json.dumps([best.value, best.waited])}
+        header = {
+            "identity": self.identity,
+            "losses": json.dumps([float(v) for v in history]),
+            "best": json.dumps([best.value, best.waited]),
+            "taken": json.dumps(taken),
+            "scaler": json.dumps(None if self.scaler is None else self.scaler.state_dict()),
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         scratch = self.path.with_suffix(f".{os.getpid()}")
         save_file(complete, scratch, metadata=header)

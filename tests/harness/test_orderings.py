@@ -60,6 +60,15 @@ def test_the_entries_name_methods_and_options_that_exist() -> None:
     assert any(entry.better.get("weight") == defaults["weight"] for entry in found)
 
 
+def test_a_control_is_no_cell_of_its_method_unless_it_is_named() -> None:
+    better, fixed = cell("d2dmoe", 0.5), cell("d2dmoe", 0.5, 0.2, rule="top-k")
+    controls = [cell("d2dmoe", 0.5, 0.1, rule=rule, selector="random") for rule in ("dynamic", "top-k")]
+    assert len(pairs(RULE, measured(better, fixed, *controls))) == 1 and not pairs(RULE, measured(*controls))
+    chance = Ordering("", "", {"method": "d2dmoe"}, {"method": "d2dmoe", "selector": "random"}, "density")
+    (found,) = pairs(chance, measured(better, controls[0]))
+    assert not found.better.control and found.worse.control
+
+
 def test_cells_pair_on_the_seeds_that_both_have() -> None:
     def seeded(found: dict[str, Any], seed: int, shift: float = 0.0) -> dict[str, Any]:
         items = found["items"]

@@ -172,6 +172,22 @@ def test_expert_ffn_prefill_is_expert_ffn(device):
     assert torch.allclose(few, many, rtol=1e-4, atol=1e-5)
 
 
+def test_a_prompts_tokens_are_grouped_by_expert_once_each(device):
+    from sparse_kernels.expert_ffn.kernel import group_kernel, run
+
+    torch.manual_seed(0)
+    score, threshold = torch.rand(300, 11, device=device), torch.full((1,), 0.7, device=device)
+    score[:, 4] = 0.7  # none is above
+    score[7, 5] = 0.7
+    tokens, sizes = torch.empty(11, 300, dtype=torch.int32), torch.empty(11, dtype=torch.int32)
+    tokens, sizes = tokens.to(device), sizes.to(device)
+    run(group_kernel, (2,), score, threshold, tokens, sizes, 300, 11, score.stride(0), TOKENS=256, EXPERTS=8)
+    keep = score > threshold
+    assert int(sizes.sum()) == int(keep.sum()) > 0 and sizes.tolist() == keep.sum(0).tolist()
+    for e, size in enumerate(sizes.tolist()):
+        assert tokens[e, :size].tolist() == keep[:, e].nonzero().flatten().tolist()
+
+
 def test_expert_ffn_prefill_is_well_formed():
     arguments = tuple(None if t is None else t.nan_to_num(0.5) for t in prefill(7, 4, 8, "cpu"))
     opcheck(torch.ops.sparse_kernels.expert_ffn_prefill, (*arguments, "silu"))

@@ -21,10 +21,13 @@ STEPS, BATCH = 6, 4
 
 
 def tuned(folder: Path | None, stop: int | None = None) -> tuple[Student, list[float]]:
-    """A student after STEPS steps in float32, the same for any number of processes; `stop`: interrupted before one."""
+    """A student after STEPS steps in float32, the same for any number of processes; `stop`: interrupted before one.
+
+    After each of them the held-out windows are asked, which is what the processes do together beside the steps.
+    """
     torch.cpu._is_avx512_bf16_supported = lambda: False
     training.CHECKPOINT_SECONDS = 0.0
-    model = Student(llama(), Tuning(windows(12), BATCH, 1e-3, 0, silent, 2), None, dense_ffn("relu"))
+    model = Student(llama(), Tuning(windows(12), BATCH, 1e-3, 0, silent, patience=STEPS), None, dense_ffn("relu"))
 
     def loss(ids: torch.Tensor, done: float) -> torch.Tensor:
         if stop is not None and done >= stop / STEPS:

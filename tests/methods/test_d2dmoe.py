@@ -98,6 +98,22 @@ def test_all_experts_are_the_tuned_dense_model(make: Any) -> None:
     assert torch.allclose(sparse, model(input_ids=ids).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+def test_all_experts_are_the_dense_model_in_half_precision(make: Any) -> None:
+    """With ReLU in the place of the activation; 2e-3 of the largest output."""
+    model, x = make().half(), torch.randn(50, 64).half()
+    artifact = parse(QUICK).synthesize(model, 0.5, windows(4))
+    with sparsify(model, artifact, "all") as handle:
+        set_tau(handle, 0.0)
+        handle.phase.active = True
+        for layer in handle.layers():
+            first = layer.up if layer.gate is None else layer.gate
+            h = F.relu(first(x)) if layer.gate is None else F.relu(first(x)) * layer.up(x)
+            dense = layer.down(h)
+            assert layer.selector(x, h).all()
+            assert (layer(x) - dense).abs().amax() < 2e-3 * dense.abs().amax()
+
+
 def test_targets_are_the_norms_of_the_experts_outputs() -> None:
     model = opt()
     with sparsify(model, prepare(model)) as handle:
@@ -170,6 +186,22 @@ def test_layers_that_one_tau_cannot_serve_are_told() -> None:
     layered = prepare(model, f"{spec}:scope=layer", 0.4).manifest
     assert not any("scope=layer" in text for text in layered["warnings"])
     assert layered["layers"] == pytest.approx([0.4, 0.4], abs=0.01)
+
+
+def test_a_random_router_has_learned_nothing_and_meets_the_density() -> None:
+    """Its start is the learned router's; tau is found for it as for any other."""
+    model = opt()
+    learned, chance = prepare(model), prepare(model, f"{QUICK}:selector=random")
+    assert chance.manifest["target_reached"] and chance.manifest["density"] == pytest.approx(0.5, abs=0.01)
+    generator = torch.Generator().manual_seed(0)
+    for block in range(2):
+        start = uniform(16, 64, generator), uniform(16, 16, generator)
+        for name, weight in zip("ab", start, strict=True):
+            assert torch.equal(chance.tensors[f"router.{block}.{name}"], weight.bfloat16())
+            assert not torch.equal(learned.tensors[f"router.{block}.{name}"], weight.bfloat16())
+    assert all(torch.equal(v, learned.tensors[n]) for n, v in chance.tensors.items() if n.startswith("delta"))
+    caught = [sum(found.manifest["captured"]) for found in (chance, learned)]
+    assert caught[0] < caught[1] - 0.02
 
 
 def test_bisection_stops_within_tolerance_or_at_the_nearest() -> None:

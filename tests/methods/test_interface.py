@@ -219,8 +219,7 @@ def test_third_party_methods_come_through_entry_points(tmp_path: Path, monkeypat
     assert parse("mine").name == "mine"
 
 
-@pytest.mark.parametrize("name", ["moefication", "d2dmoe", "dejavu", "polar"])
+@pytest.mark.parametrize("name", ["lte", "moefication", "d2dmoe", "dejavu", "polar"])
 def test_an_oracle_and_chance_are_controls_and_a_learned_selector_is_not(name: str) -> None:
-    assert not create(name, {}).control and create(name, {"selector": "oracle"}).control
-    if name != "d2dmoe":  # which has no random router
-        assert create(name, {"selector": "random"}).control
+    assert not create(name, {}).control
+    assert create(name, {"selector": "oracle"}).control and create(name, {"selector": "random"}).control

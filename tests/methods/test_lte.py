@@ -4,19 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from methods import sparsify
+from methods import UsageError, sparsify
+from methods.base import Data
 from methods.lte import LteOptions, _Student, penalties
 from methods.registry import parse
+from methods.shared import training
 from methods.shared.clustering import _stable, balanced_kmeans, expert_permutation
 from methods.shared.experts import dequantise, quantise
+from methods.shared.routers import output_norms
 from methods.shared.search import search
 from methods.shared.selection import expert_usage, mean_density
-from methods.shared.student import Tuning
+from methods.shared.student import Student, Tuning
 from methods.shared.training import train
 from sparse_kernels.layers import ExpertFFN, Meter, Phase
 from sparse_kernels.selectors import Router
-from tests.methods.models import MODELS, data, llama, windows
+from tests.methods.models import MODELS, data, llama, opt, windows
 
 TUNING = Tuning(windows(16), batch=8, lr=0.01, seed=0, progress=lambda *a: None)
 
@@ -67,14 +71,44 @@ def test_all_experts_on_is_the_dense_model(make: object) -> None:
     assert torch.allclose(off, torch.zeros_like(off) if bias is None else bias.expand_as(off))
 
 
-def test_soft_scores_scale_experts() -> None:
-    s = student(llama())
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("logit", [0.0, -1.5, 40.0])
+def test_soft_scores_scale_experts_and_not_the_bias(make: object, logit: float) -> None:
+    s = student(make())  # type: ignore[operator]
     layer, x = s.layers[0], torch.randn(5, 64)
-    layer.soft = True
+    layer.soft, x[:, 0] = True, 1.0
     with torch.no_grad():
-        layer.selector.layers[0].zero_()
-    assert torch.allclose(layer(x), 0.5 * layer.down(layer.hidden(x).flatten(-2)), atol=1e-6)
-    assert torch.equal(layer.scores, torch.full((5, 4), 0.5))
+        layer.selector.layers[0].zero_()[:, 0] = logit  # of every token and expert
+    score = float(torch.sigmoid(torch.tensor(logit)))
+    bias = 0.0 if layer.down.bias is None else layer.down.bias
+    dense = layer.down(layer.hidden(x).flatten(-2))
+    assert torch.allclose(layer(x), score * (dense - bias) + bias, atol=1e-6)
+    assert torch.equal(layer.scores, torch.full((5, 4), score))
+    assert logit < 40 or torch.allclose(layer(x), dense, atol=1e-6)
+
+
+def test_an_expert_runs_if_its_sigmoid_is_above_the_threshold_strictly() -> None:
+    """The logit is compared instead; a token of zeros, with all scores at the threshold, runs nothing."""
+    x, weight = torch.randn(200, 16), torch.randn(8, 16)
+    x[:2] = torch.tensor([0.0, -0.0])[:, None]
+    for tau in (0.5, 0.2):
+        router = Router((weight,), threshold=torch.logit(torch.tensor(tau)))
+        keep = router(x, torch.empty(0))
+        assert torch.equal(keep[2:], torch.sigmoid(x[2:] @ weight.t()) > tau)
+        assert not keep[:2].any() if tau == 0.5 else keep[:2].all()
+
+
+@pytest.mark.parametrize("rule", ["threshold", "relative", "top-k"])
+def test_the_host_never_waits_for_what_a_token_selects(rule: str) -> None:
+    """Fake tensors have no values to ask for: a decode step that did could not be captured in a CUDA graph."""
+    with FakeTensorMode(), torch.no_grad():
+        gate, up, down = (torch.nn.Linear(*shape, bias=False) for shape in ((64, 128), (64, 128), (128, 64)))
+        layer = ExpertFFN(gate, up, down, "silu", 32, Router((torch.randn(4, 64),), rule, 0.1, 2), 0, Phase(), Meter())
+        for rows in (1, 4):
+            assert layer._skip(torch.randn(rows, 64), layer.selector).shape == (rows, 64)
+        assert layer.count is not None
+        with pytest.raises(DataDependentOutputException):
+            int(layer.count)
 
 
 def test_the_hard_decision_ignores_the_size_of_scores() -> None:
@@ -151,8 +185,10 @@ def test_stages_train_what_they_should() -> None:
     routers = [layer.selector.layers[0].detach().clone() for layer in s.layers]
     before = {n: p.detach().clone() for n, p in s.student.parameters.items() if p.requires_grad}
     s.train_hard(2, "stage 2", None)
-    assert all(torch.equal(layer.selector.layers[0], r) for layer, r in zip(s.layers, routers, strict=True))
-    assert any(not torch.equal(s.student.parameters[n], v) for n, v in before.items())
+    for layer, router in zip(s.layers, routers, strict=True):
+        weight = layer.selector.layers[0]
+        assert torch.equal(weight, router) and not weight.requires_grad and weight.grad is None
+    assert len(before) == 2 * 9 + 1 and not any(torch.equal(s.student.parameters[n], v) for n, v in before.items())
     assert torch.equal(s.student.model.get_input_embeddings().weight, embedding)
 
 
@@ -214,8 +250,6 @@ def test_interrupted_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
         kwargs = {"steps": 6, "batch": 2, "learning_rate": 1e-3}
         return train(model.requires_grad_(True), windows(8), loss, checkpoint=tmp_path / "state.safetensors", **kwargs)  # type: ignore[arg-type]
 
-    import methods.shared.training as training
-
     straight = llama()
     expected = train(
         straight.requires_grad_(True),
@@ -237,6 +271,34 @@ def test_interrupted_training_goes_on_where_it_stopped(tmp_path: Path) -> None:
     for a, b in zip(resumed.parameters(), straight.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-6)
     assert run(llama(), 0) == losses  # a finished stage is read back, not trained again
+
+
+@pytest.mark.parametrize("die_at", [6, 9], ids=["stage 1 of the second trial", "stage 2"])
+def test_interrupted_preparation_goes_on_where_it_stopped(
+    die_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same artifact to the bit, and no step is taken twice: two trials of three steps, and three of stage 2."""
+    given = Data(data().calibration, data().train, data().corpus, str(tmp_path))
+    method = parse("lte:stage1_steps=3:stage2_steps=3:trials=2:tolerance=0:batch=2:lr=0.01")
+    (straight,) = method.prepare(llama(), data(), [0.3])
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    whole, calls = Student.task_loss, 0
+
+    def killed(self: Student, ids: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == die_at:
+            raise KeyboardInterrupt
+        return whole(self, ids)
+
+    monkeypatch.setattr(Student, "task_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        list(method.prepare(llama(), given, [0.3]))
+    (resumed,) = method.prepare(llama(), given, [0.3])
+    assert calls == 1 + 9 and len(list(tmp_path.iterdir())) == 3  # the one that died, and a file for each training
+    assert resumed.tensors.keys() == straight.tensors.keys()
+    assert all(torch.equal(tensor, resumed.tensors[name]) for name, tensor in straight.tensors.items())
+    assert resumed.manifest["search"] == straight.manifest["search"]
 
 
 def test_the_search_stops_within_tolerance_and_shares_trials() -> None:
@@ -274,6 +336,40 @@ def test_a_density_that_stage_2_moves_is_told_in_the_record() -> None:
     (artifact,) = parse(spec.format(0.01)).prepare(llama(), data(), [target])
     assert not artifact.manifest["target_reached"]
     assert any("stage 2 moved it from" in note for note in artifact.manifest["notes"])
+
+
+def test_controls_are_the_same_weights_with_other_experts(tmp_path: Path) -> None:
+    """As many of them in every layer, trained once for all three."""
+    model, given = opt(), Data(data().calibration, data().train, data().corpus, str(tmp_path))
+    found, usages, kept = [], [], []
+    for selector in ("router", "random", "oracle"):
+        spec = f"lte:expert_size=8:eta=1:stage1_steps=8:stage2_steps=4:batch=2:lr=0.02:selector={selector}"
+        found += parse(spec).prepare(model, given, [0.5])
+        with sparsify(model, found[-1]) as handle:
+            usages.append([float(share.mean()) for share in expert_usage(handle, given.calibration).values()])
+            handle.phase.active = True
+            layer, x = handle.layers()[0], torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
+            h = layer.hidden(x)
+            keep, norms = layer.selector(x, h), output_norms(layer)(h)
+            kept.append(float((norms * keep).sum() / (norms.mean() * keep.sum())))
+            if selector == "oracle":
+                assert torch.equal(keep, norms > layer.selector.threshold) and not layer.fast(x)
+    assert len(list(tmp_path.iterdir())) == 2
+    router, chance, oracle = found
+    assert usages[1] == pytest.approx(usages[0], abs=0.01) and usages[2] == pytest.approx(usages[0], abs=0.01)
+    assert abs(chance.manifest["stage2_density"] - router.manifest["stage2_density"]) < 0.01
+    assert kept[2] > max(kept[0], kept[1]) and abs(kept[1] - 1) < 0.2
+    for name, tensor in router.tensors.items():
+        if not name.startswith("router"):
+            assert torch.equal(chance.tensors[name], tensor) and torch.equal(oracle.tensors[name], tensor)
+    start = student(model, expert_size=8).layers[1].selector.layers[0]
+    assert torch.equal(chance.tensors["router.1"], start.bfloat16())
+    assert not torch.equal(router.tensors["router.1"], start.bfloat16())
+    synthetic = parse("lte:expert_size=8:selector=oracle").synthesize(model, 0.25, windows(8, seed=1))
+    with sparsify(model, synthetic) as handle:
+        assert mean_density(expert_usage(handle, windows(8, seed=1))) == pytest.approx(0.25, abs=0.01)
+    with pytest.raises(UsageError, match="did you mean random"):
+        parse("lte:selector=randm")
 
 
 def test_a_width_that_experts_do_not_divide_is_explained() -> None:

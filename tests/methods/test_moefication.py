@@ -108,6 +108,36 @@ def test_all_experts_are_the_dense_model(make: Any, selector: str, variant: str)
         assert torch.allclose(model(input_ids=ids).logits, dense, atol=1e-4)
 
 
+@pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize("selector", ["mlp", "oracle"])
+def test_all_experts_are_the_dense_model_but_for_rounding(make: Any, selector: str) -> None:
+    """bfloat16 itself is further away from float32: neurons only add up in another order."""
+    exact, ids = make(), windows(2)
+    model = make().bfloat16()
+    dense = model(input_ids=ids).logits.float()
+    with attached(model, f"{QUICK}:selector={selector}:variant=direct", 1.0):
+        sparse = model(input_ids=ids).logits.float()
+    assert (sparse - dense).norm() < (dense - exact(input_ids=ids).logits).norm()
+
+
+def test_a_neurons_bias_goes_with_it_and_the_outputs_is_added_once() -> None:
+    """In the model's own order, from its own weights: the neurons that run, and nothing of the others' biases."""
+    model, x = opt(), torch.randn(20, 64)
+    block = model.model.decoder.layers[0]
+    neurons, down, bias = F.relu(block.fc1(x)), block.fc2.weight, block.fc2.bias
+    artifact = prepare(model, f"{QUICK}:split=random:selector=random", 0.25)
+    with sparsify(model, artifact, "all") as handle:
+        layer = handle.layers()[0]
+        handle.phase.active = True
+        keep = layer.selector(x, layer.hidden(x)).repeat_interleave(8, 1)
+        runs = torch.zeros_like(keep)
+        runs[:, artifact.tensors["permutation.0"].long()] = keep
+        assert torch.equal(runs.sum(1), torch.full((20,), 32))
+        assert torch.allclose(layer(x), (neurons * runs) @ down.t() + bias, atol=1e-5)
+        layer.selector.rule, layer.selector.threshold[0] = "threshold", torch.inf
+        assert torch.equal(layer(x), bias.expand(20, -1))
+
+
 def test_density_is_k_of_n_for_every_token() -> None:
     model = opt()
     for density, k in ((0.75, 12), (0.5, 8), (0.26, 4), (0.01, 1)):

@@ -16,8 +16,9 @@ from torch import nn
 from methods import UsageError, sparsify
 from methods.base import Data
 from methods.registry import parse
+from methods.shared import student as student_module
 from methods.shared import training
-from methods.shared.student import Student, dense_ffn
+from methods.shared.student import Student, Tuning, checkpoint_file, dense_ffn
 from methods.shared.training import SCHEDULES, train
 from tests.methods import team
 from tests.methods.models import data, llama, windows
@@ -92,14 +93,51 @@ def test_early_stopping_resumes_exactly(tmp_path: Path, monkeypatch: pytest.Monk
         assert resumed[0] == pytest.approx(straight[0]) and torch.equal(resumed[1], straight[1])
 
 
+def test_the_scaler_of_gradients_resumes_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float16 as on a GPU: gradients that overflow are skipped and lower the scale, a few good ones raise it again."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
+    hub = training.accelerator()
+    monkeypatch.setattr(hub, "native_amp", True)
+    monkeypatch.setattr(hub.state, "_mixed_precision", "fp16")
+
+    def run(place: Path | None, die_at: int | None = None, new: bool = True) -> tuple[list[float], torch.Tensor, Any]:
+        if new:  # as in a process of its own
+            monkeypatch.setattr(hub, "scaler", torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=2))
+        model, rows = line()
+        seen: list[torch.Tensor] = []
+
+        def loss(batch: torch.Tensor, done: float) -> torch.Tensor:
+            if len(seen) == die_at:
+                raise KeyboardInterrupt
+            seen.append(model.weight.detach().clone())
+            return (model(batch).float() - batch.sum(1, keepdim=True)).square().mean()
+
+        how: Any = {"steps": 30, "batch": 8, "learning_rate": 0.05, "mixed": False, "divide": True}
+        losses = train(model, rows, loss, checkpoint=place, **how)
+        skipped = sum(torch.equal(a, b) for a, b in zip(seen, seen[1:], strict=False))
+        assert place is not None or (4 < skipped < 20 and torch.equal(seen[0], seen[1]))
+        return losses, model.weight.detach(), hub.scaler.state_dict()
+
+    straight = run(None)
+    again = run(None, new=False)
+    assert again[0] == straight[0] and again[2] == straight[2]
+    for die_at in (1, 15):  # nothing learned yet, and much
+        place = tmp_path / f"{die_at}.safetensors"
+        with pytest.raises(KeyboardInterrupt):
+            run(place, die_at)
+        resumed = run(place)
+        assert resumed[0] == straight[0] and torch.equal(resumed[1], straight[1]) and resumed[2] == straight[2]
+
+
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_processes_train_what_one_does(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two of them, each with half of every batch; and one goes on where two were interrupted."""
+    """Two of them, each with half of every batch in two parts; and one goes on where two were interrupted."""
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", team.__file__, tmp_path, kind]
     root = Path(__file__).parents[2]
     paths = {"PYTHONPATH": f"{root}:{root / 'kernels'}", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    paths["ACCELERATE_GRADIENT_ACCUMULATION_STEPS"] = "2"
     subprocess.run([sys.executable, *map(str, command)], env={**os.environ, **paths}, check=True, timeout=300)
     student, losses = team.tuned(None)
     resumed, all_losses = team.tuned(tmp_path)
@@ -111,6 +149,130 @@ def test_processes_train_what_one_does(kind: str, tmp_path: Path, monkeypatch: p
     for name, value in student.state().items():
         for other in (ranks[0][name], resumed.state()[name]):  # AdamW divides by the root of tiny squares
             assert (other - value).norm() <= 0.01 * (value - before[name]).norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("asked", ["0", "-1", "some"])
+def test_accelerate_is_told_a_number_of_parts(asked: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", asked)
+    with pytest.raises(UsageError, match=f"STEPS={asked} is not a number of parts: try 4"):
+        training.accelerator.__wrapped__()
+
+
+def test_students_process_a_batch_in_the_parts_that_accelerate_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients are those of the whole batch; a rate of AdamW would hide a factor, a gradient that is clipped not."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    rows: list[int] = []
+    norms: list[list[float]] = []
+    clip = training._Team.clip
+
+    def clipped(team: Any, parameters: Any, norm: float) -> None:
+        norms[-1].append(float(torch.stack([p.grad.norm() for p in parameters if p.grad is not None]).norm()))
+        clip(team, parameters, norm)
+
+    monkeypatch.setattr(training._Team, "clip", clipped)
+    for parts in (1, 3):
+        monkeypatch.setattr(training.accelerator(), "gradient_accumulation_steps", parts)
+        norms.append([])
+        student = Student(llama(), Tuning(windows(12), 4, 1e-3, 0, lambda *a: None))
+
+        def loss(ids: torch.Tensor, done: float, student: Student = student) -> torch.Tensor:
+            rows.append(len(ids))
+            return student.task_loss(ids)
+
+        student.train(loss, 2, "test")
+    assert rows == [4, 4] + 2 * [2, 1, 1] and norms[1] == pytest.approx(norms[0], rel=1e-4)
+    monkeypatch.setattr(training.accelerator(), "gradient_accumulation_steps", 5)
+    with pytest.raises(UsageError, match="fewer gradient accumulation steps"):
+        student.train(loss, 2, "test")
+
+
+def test_students_are_trained_in_the_precision_that_accelerate_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bfloat16 where nobody asks for anything; what is no student's does not listen."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    found: list[torch.dtype | None] = []
+
+    def run(divide: bool) -> None:
+        model, rows = line()
+
+        def loss(batch: torch.Tensor, done: float) -> torch.Tensor:
+            found.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None)
+            return model(batch).float().square().mean()
+
+        train(model, rows, loss, steps=1, batch=8, learning_rate=0.1, divide=divide)
+
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    run(True)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    run(True)
+    run(False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    monkeypatch.setattr(training.accelerator().state, "_mixed_precision", "fp16")
+    run(True)
+    assert found == [torch.bfloat16, None, torch.bfloat16, torch.float16]
+
+
+def test_the_loss_of_held_out_windows_stops_training() -> None:
+    """They are asked for the loss as it is at the end, all of them and without gradients; the best weights are kept."""
+    model, rows, held_out = nn.Linear(1, 1, bias=False), torch.zeros(8, 1), torch.arange(1.0, 7.0)[:, None]
+    nn.init.zeros_(model.weight)
+    asked: list[torch.Tensor] = []
+
+    def loss(batch: torch.Tensor, done: float) -> torch.Tensor:
+        if not batch.any():
+            return -model.weight.sum()  # which rises by the rate in every step
+        assert done == 1.0 and not torch.is_grad_enabled()
+        asked.append(batch)
+        return (model.weight.sum() - 0.32).square()
+
+    how: Any = {"batch": 3, "learning_rate": 0.1, "schedule": "constant", "warmup": 0.0, "mixed": False}
+    losses = train(model, rows, loss, steps=50, held_out=held_out, patience=2, **how)
+    assert len(losses) == 5 and float(model.weight) == pytest.approx(0.3)  # 0.4 and 0.5 are no better
+    assert len(asked) == 2 * 5 and torch.equal(torch.cat(asked[:2]), held_out)
+
+
+STOPPED = {
+    "dense-finetuned": "dense-finetuned:steps={}:batch=4:lr=0.03",
+    "lte": "lte:eta=1:stage1_steps=2:stage2_steps={}:batch=4:lr=0.03",
+    "d2dmoe": "d2dmoe:steps={}:weight=0:batch=4:lr=0.03:windows=16:epochs=1",
+    "moefication": "moefication:variant=relufied:relu_steps={}:batch=4:lr=0.03:windows=16:epochs=1",
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_methods_that_fine_tune_stop_early_if_asked_to(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random text is learned by heart, and what was held out then tells."""
+    found: dict[str, Any] = {}
+
+    def spy(model: nn.Module, windows: torch.Tensor, *args: Any, **options: Any) -> list[float]:
+        found.setdefault(options["label"], (windows, options["held_out"]))
+        return train(model, windows, *args, **options)
+
+    monkeypatch.setattr(student_module, "train", spy)
+    scarce = Data(windows(4), lambda n: windows(min(n, 80), seed=2), {"name": "scarce", "hash": "0"})
+    density = None if parse(name).densities == (None,) else 0.5
+    spec = STOPPED[name].format(40)
+    (artifact,) = parse(f"{spec}:patience=1").prepare(llama(), scarce, [density])
+    early = [note for note in artifact.manifest["notes"] if "stopped early" in note]
+    assert len(early) == 1 and "of 40 steps" in early[0]
+    steps = int(early[0].split(" of ")[0].split()[-1])
+    read = {"lte": 2 * 4 * 64, "d2dmoe": 16 * 64, "moefication": 16 * 64}.get(name, 0)
+    assert artifact.manifest["tokens"] == read + steps * 4 * 64
+    learned, held_out = list(found.values())[-1]
+    assert torch.equal(torch.cat([learned, held_out]), scarce.train(80)) and len(held_out) == 8
+    with pytest.raises(UsageError, match=f"{name} needs .*patience (of at least|from) 0"):
+        parse(f"{name}:patience=-1")
+
+
+def test_early_stopping_needs_text_to_hold_out() -> None:
+    short = Data(windows(4), lambda n: windows(min(n, 90), seed=2), {"name": "short", "hash": "0"})
+    with pytest.raises(UsageError, match="64 windows of training text, of 90: .*patience=0"):
+        next(iter(parse("dense-finetuned:batch=64:patience=1").prepare(llama(), short, [None])))
+
+
+def test_a_checkpoint_is_of_one_patience(tmp_path: Path) -> None:
+    given = Data(data().calibration, data().train, data().corpus, str(tmp_path))
+    methods = [parse(f"dense-finetuned:patience={patience}") for patience in (0, 1, 2)]
+    assert len({checkpoint_file(given, method, llama(), "dense") for method in methods}) == 3
 
 
 def test_more_processes_than_windows_are_refused() -> None:
