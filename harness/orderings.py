@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from methods.errors import UsageError
+from methods.registry import create
 
 from . import stats
 from .rows import Group, Row
@@ -138,10 +141,14 @@ def _name(pair: Pair, ordering: Ordering) -> str:
 
 
 def _options(row: Row) -> dict[str, Any]:
-    """All of them, defaults included; the variant as what `auto` chose."""
-    artifact = row.part("artifact")
+    """All of them, defaults included, as of options younger than the record; the variant as what `auto` chose."""
+    artifact, cell = row.part("artifact"), row.record["cell"]
+    try:
+        defaults = asdict(create(cell["method"], {}).options)
+    except UsageError:  # a method of a package that is not installed here
+        defaults = {}
     chosen = {name: value for name, value in (artifact.get("manifest") or {}).items() if name == "variant"}
-    return {**(artifact.get("options") or row.record["cell"]["options"]), **chosen}
+    return {**defaults, **(artifact.get("options") or cell["options"]), **chosen}
 
 
 def _items(row: Row) -> dict[int, dict[str, Any]]:
@@ -158,11 +165,8 @@ def _is(row: Row, wanted: Mapping[str, Any]) -> bool:
     options = {"method": row.method, **_options(row)}
     scored = row.target is not None and bool(_items(row))
     meant = not row.control or "selector" in wanted
-    return (
-        scored
-        and meant
-        and all(options.get(name) in (value if isinstance(value, list) else [value]) for name, value in wanted.items())
-    )
+    allowed = {name: value if isinstance(value, list) else [value] for name, value in wanted.items()}
+    return scored and meant and all(options.get(name) in values for name, values in allowed.items())
 
 
 def _alike(one: Row, other: Row, ordering: Ordering) -> bool:

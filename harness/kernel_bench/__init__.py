@@ -21,5 +21,6 @@ OPERATORS = {
     "residual_norm": "glue",
     "glu": "glue",
     "rope_cache_write": "attention",
+    "token_attention": "attention",
     "chain": "chain",
 }

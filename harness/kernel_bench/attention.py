@@ -15,6 +15,7 @@ from sparse_kernels import (
     rope_cache_write,
     spark_attention_decode,
     spark_attention_multipliers,
+    token_attention,
 )
 from sparse_kernels.attention import cost, naive
 from sparse_kernels.spark_attention import cost as spark_cost
@@ -41,6 +42,9 @@ def cases(shape: Shape) -> Iterator[Case]:
         build = partial(_spark_attention, shape, batch, context, attended)
         title = f"{heads}, {attended} of {context} tokens"
         yield Case("spark_attention_decode", title, batch, attended / context, build, "cuDNN SDPA")
+        if batch == 1:
+            build = partial(_token, shape, context)
+            yield Case("token_attention", f"{heads}, context {context}", 1, 1.0, build, "cuDNN SDPA")
     for batch in (1, 16):
         yield Case("rope_cache_write", heads, batch, 1.0, partial(_rope, shape, batch))
 
@@ -110,11 +114,39 @@ def _spark_attention(shape: Shape, batch: int, context: int, attended: int, draw
     )
 
 
+def _rotated(shape: Shape, batch: int, draw: Draw) -> tuple[Tensor, ...]:
+    """q, k, v of a token per sequence, and the cosines and sines of its rotation."""
+    heads, groups, dim = shape.heads, shape.kv_heads, shape.head_dim
+    parts = draw.normal(batch, heads + 2 * groups, dim).split([heads, groups, groups], 1)
+    angle = draw.normal(batch, dim // 2, std=3.0, dtype=torch.float32).repeat(1, 2)
+    return *parts, angle.cos().to(draw.dtype), angle.sin().to(draw.dtype)
+
+
+def _token(shape: Shape, context: int, draw: Draw) -> Copy:
+    """Rotation, cache write and attention of one token; the baseline attends only."""
+    groups, dim = shape.kv_heads, shape.head_dim
+    query, key, value, cos, sin = _rotated(shape, 1, draw)
+    keys, values = (draw.normal(1, groups, context, dim) for _ in range(2))
+    position = torch.full((1,), context - 1, device=draw.device)
+
+    def reference() -> Tensor:
+        tables = cos.double(), sin.double()
+        q, k = (naive.rotate(part.double(), *tables) for part in (query, key))
+        whole = [torch.cat([old[:, :, :-1].double(), new[:, :, None]], 2) for old, new in ((keys, k), (values, value))]
+        return naive.attention_decode(q, *whole, torch.full((1,), context, device=draw.device), None, None)
+
+    return Copy(
+        run=lambda: token_attention(query, key, value, cos, sin, position, keys, values),
+        reference=reference,
+        bytes=round(cost.attention_bytes(1, groups, context, dim, key.element_size())),
+        density=1.0,
+        baseline=partial(_dense, query, keys, values),
+    )
+
+
 def _rope(shape: Shape, batch: int, draw: Draw) -> Copy:
     heads, groups, dim = shape.heads, shape.kv_heads, shape.head_dim
-    query, key, value = draw.normal(batch, heads + 2 * groups, dim).split([heads, groups, groups], 1)
-    angle = draw.normal(batch, dim // 2, std=3.0, dtype=torch.float32).repeat(1, 2)
-    cos, sin = angle.cos().to(draw.dtype), angle.sin().to(draw.dtype)
+    query, key, value, cos, sin = _rotated(shape, batch, draw)
     keys, values = (draw.normal(batch, groups, ROPE_CONTEXT, dim) for _ in range(2))
     place = draw.seed % ROPE_CONTEXT
     position = torch.full((1,), place, device=draw.device)

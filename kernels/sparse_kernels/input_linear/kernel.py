@@ -31,6 +31,7 @@ from sparse_kernels.input_linear.vector import (
 from sparse_kernels.launch import Launch, interpreting, padded_batch, power_of_2, run
 
 DENSE_SLICE, DENSE_ROWS = 128, 8  # channels and rows that a program prepares for a dense product
+LISTED_ROWS = 4  # rows whose values at given channels a program of `fill` collects: nothing of them is decided together
 MAX_CHUNK = 128  # splits whose partials `combine` reads at once
 FILLED = 8192  # values that `fill` holds at once for several rows
 
@@ -42,13 +43,13 @@ def fill_kernel(
     SELECT: tl.constexpr, GROUP: tl.constexpr, LIMIT: tl.constexpr, CHANNELWISE: tl.constexpr, INVERT: tl.constexpr,
     NORM: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr, PADDED: tl.constexpr,
     TILE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr, PARTS: tl.constexpr,
-    BATCH: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
-    PDL: tl.constexpr,
+    BATCH: tl.constexpr, HELD: tl.constexpr, SLICE: tl.constexpr, CHUNK: tl.constexpr, SLOTS: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Write one split's channels [SLOTS], values [BATCH, SLOTS] and their number, for one segment of the output.
 
-    It takes CHUNK channels of the slice at a time. For a dense product it only prepares the values, each program those
-    of BATCH rows.
+    It takes CHUNK channels of the slice at a time, and all rows, BATCH of them, where they select together; else BATCH
+    of the HELD rows. For a dense product it only prepares the values.
     """
     split = tl.program_id(0)
     segment = tl.program_id(1)
@@ -57,7 +58,7 @@ def fill_kernel(
     row = tl.program_id(2) * BATCH + tl.arange(0, BATCH)[:, None]
     inside_row = row < B
     lists = segment * splits + split
-    values = list_value + lists.to(tl.int64) * (BATCH * SLOTS) + row * SLOTS
+    values = list_value + lists.to(tl.int64) * (HELD * SLOTS) + row * SLOTS
     begin(PDL)
     if SELECT == "list":
         start, count = share_of_list(total, split, splits, GROUP)
@@ -92,10 +93,12 @@ def fill_kernel(
                 slot = count + tl.cumsum(found, 0) - found
                 written = found != 0
                 count += tl.sum(found, 0)
-            tl.store(list_index + lists.to(tl.int64) * SLOTS + slot, k, mask=written)
+            if tl.program_id(2) == 0:
+                tl.store(list_index + lists.to(tl.int64) * SLOTS + slot, k, mask=written)
             tl.store(values + slot[None, :], v.to(DTYPE), mask=written[None, :] & inside_row)
     if SELECT != "dense":
-        tl.store(list_count + lists, count)
+        if tl.program_id(2) == 0:
+            tl.store(list_count + lists, count)
         # The loop reads values in whole steps, unmasked so that the loads are wide: what follows the last one is zero.
         rest = tl.arange(0, ROWS) + count
         tl.store(values + rest[None, :], tl.zeros([BATCH, ROWS], DTYPE), mask=(rest < SLOTS)[None, :] & inside_row)
@@ -241,7 +244,7 @@ def dense(x: Tensor, weight_t: Tensor, widths: list[int], bias: Tensor | None, *
     if x.dim() == 2 and not changed and prepare.get("threshold") is None and prepare.get("center") is None:
         return x @ weight_t if bias is None else torch.addmm(bias, x, weight_t)
     value = torch.empty(len(widths), batch, channels, dtype=weight_t.dtype, device=device)
-    common = dict(SELECT="dense", BATCH=DENSE_ROWS, SLOTS=1, ROWS=1)
+    common = dict(SELECT="dense", BATCH=DENSE_ROWS, HELD=DENSE_ROWS, SLOTS=1, ROWS=1)
     grid = (triton.cdiv(channels, DENSE_SLICE), len(widths), triton.cdiv(batch, DENSE_ROWS))
     run_fill(x, weight_t, grid, DENSE_SLICE, value, value, value, common, **prepare)
     if len(widths) == 1:
@@ -284,10 +287,11 @@ def linear(
     list_value = torch.empty(segments * splits, padded, slots, dtype=weight_t.dtype, device=device)
     list_count = torch.empty(segments, splits, dtype=torch.int32, device=device)
     partial = torch.empty(splits, batch, width, dtype=torch.float32, device=device)
-    common = dict(BATCH=padded, SLOTS=slots, ROWS=rows)
+    common = dict(SLOTS=slots, ROWS=rows)
+    together = padded if select == "threshold" else min(LISTED_ROWS, padded)
     run_fill(
-        x, weight_t, (splits, segments), slice_, list_index, list_value, list_count, common | dict(SELECT=select),
-        index=index, count=count, group=group, **prepare,
+        x, weight_t, (splits, segments, triton.cdiv(batch, together)), slice_, list_index, list_value, list_count,
+        common | dict(SELECT=select, BATCH=together, HELD=padded), index=index, count=count, group=group, **prepare,
     )  # fmt: skip
     run(
         linear_kernel, (tiles, splits),
@@ -295,7 +299,7 @@ def linear(
         batch, width, 0 if side is None else side.shape[1], widths[0], widths[1] if segments > 1 else 0,
         splits, weight_t.stride(0), 0 if side_up is None else side_up.stride(0),
         SEGMENTS=segments, SIDE=side is not None, ALIGNED=all(w % 16 == 0 for w in widths), COLUMNS=columns,
-        STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps,
+        BATCH=padded, STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps,
         pdl=False,  # early programs would crowd on the multiprocessors that free up first
         **common,
     )  # fmt: skip
