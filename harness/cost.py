@@ -226,11 +226,16 @@ def prefill_cost(
     return Prefill(context, dense, round(2 * (executed + shape.head) + attention))
 
 
-def record(handle: SparseModel, shape: Shape, context: int, batch: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """The record's `cost` and `density` blocks, from what the meter has seen."""
+def record(
+    handle: SparseModel, shape: Shape, context: int, batch: int, stepped: bool = False
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The record's `cost` and `density` blocks, from what the meter has seen.
+
+    stepped: decode steps of the batch were run, so that what the meter has no union of was read whole.
+    """
     tokens = densities(handle, shape)
     layers = handle.layers()
-    union = densities(handle, shape, unions=True) if batch > 1 and handle.meter.unions else tokens
+    union = densities(handle, shape, unions=True) if batch > 1 and stepped else tokens
     overhead = sum(layer.overhead for layer in layers)
     cost = {
         "decode": asdict(decode_cost(shape, tokens, union, overhead, context, batch)),

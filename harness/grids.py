@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from .machine import kind
 from .rows import Group
 
 
@@ -20,11 +21,14 @@ class Grid:
 
 
 def grids(groups: Iterable[Group]) -> list[Grid]:
-    """One per model, machine and setting that has speed-ups at several batches or contexts; none of a CPU."""
+    """One per model, kind of GPU and setting that has speed-ups at several batches or contexts; none of a CPU.
+
+    A speed-up is of one machine; those beside each other may be of several of a kind.
+    """
     alike: dict[str, list[Group]] = {}
     for found in groups:
         rest = {name: value for name, value in found.setting.items() if name not in ("batch", "context")}
-        alike.setdefault(json.dumps([found.place, rest], sort_keys=True), []).append(found)
+        alike.setdefault(json.dumps([kind(found.machine), rest], sort_keys=True), []).append(found)
     return [grid for found in alike.values() if (grid := _grid(found)) and not found[0].on_cpu]
 
 

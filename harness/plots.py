@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from math import log
@@ -16,7 +16,7 @@ from .rows import Group, Row
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vPX"
-FRONT = "#bbbbbb"
+FRONT, NULL = "#bbbbbb", "#777777"
 CROWDED = 9  # variants above which a panel shows each method's best alone
 DENSITY = "realised density of the blocks' linear weights"
 
@@ -157,14 +157,16 @@ def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.set_visible(False)
-    for start, (group, found) in zip(starts, parts, strict=True):
+    tables = [[row for row in group.rows if not row.control] for group, _ in parts]
+    names = [_method if len({_variant(row) for row in rows}) > CROWDED else _variant for rows in tables]
+    named_rows = [(name, row) for rows, name in zip(tables, names, strict=True) for row in rows]
+    styles = _styles({name(row) for name, row in named_rows if not row.is_baseline})
+    for start, (group, found), rows, name in zip(starts, parts, tables, names, strict=True):
         line = axes.flat[start : start + len(found)]
-        rows = [row for row in group.rows if not row.control]
-        crowded = len({_variant(row) for row in rows}) > CROWDED
         for axis, panel in zip(line, found, strict=True):
             axis.set_visible(True)
-            shown = _best(rows, panel) if crowded and panel.larger is not None else rows
-            _draw(axis, shown, panel, _method if crowded else _variant, behind=rows)
+            shown = _best(rows, panel) if name is _method and panel.larger is not None else rows
+            _draw(axis, shown, panel, name, rows, styles)
         named: dict[str, Any] = {}
         for axis in line:
             for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -190,7 +192,7 @@ def _curves(parts: list[tuple[Group, str]]) -> Any:
         axis.set_visible(False)
     for axis, (group, method) in zip(axes.flat, parts, strict=False):
         own = [row for row in group.rows if row.method == method or row.density is None]
-        _draw(axis, own, panel, _within, behind=group.rows)
+        _draw(axis, own, panel, _within, group.rows, _styles({_within(row) for row in own if not row.is_baseline}))
         axis.legend(fontsize=7, frameon=False)
         axis.set_title(f"{method}: {group.setting['model']}, {group.setting['mode']}", loc="left", fontsize=8.5)
     return figure
@@ -276,6 +278,7 @@ def _bars(groups: list[Group]) -> Any:
     figure, axes = plt.subplots(
         len(groups), 1, figsize=size, squeeze=False, layout="constrained", height_ratios=heights
     )
+    titles = Counter(group.title for group in groups)
     for group, axis in zip(groups, axes[:, 0], strict=True):
         rows = [row for row in group.rows if row.breakdown]
         left = [0.0] * len(rows)
@@ -287,7 +290,8 @@ def _bars(groups: list[Group]) -> Any:
         axis.invert_yaxis()
         axis.set_xlabel("ms per decode step")
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title("\n".join(wrap(group.title, 100)), loc="left", fontsize=8.5)
+        machine = "" if titles[group.title] == 1 else f" ({group.machine['identity']})"
+        axis.set_title("\n".join(wrap(group.title + machine, 100)), loc="left", fontsize=8.5)
     axes[0, 0].legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
@@ -297,10 +301,16 @@ def _lines(found: list[Grid]) -> Any:
     from matplotlib import pyplot as plt
 
     columns = max(len(grid.contexts) for grid in found)
-    size = (4.2 * columns + 0.4, 3.6 * len(found))
+    size = (4.2 * columns + 1.6, 3.6 * len(found))
     figure, axes = plt.subplots(len(found), columns, figsize=size, squeeze=False, sharey="row", layout="constrained")
+    # A colour for a method, in all panels, and a marker for each of its densities.
+    colours = _styles({_first_word(name) for grid in found for name in grid.speedups} - {"null"})
     for line, grid in zip(axes, found, strict=True):
-        styles = dict(zip(grid.speedups, zip(cycle(COLOURS), cycle(MARKERS), strict=False), strict=False))
+        of_method: dict[str, Iterator[str]] = defaultdict(lambda: cycle(MARKERS))
+        styles = {}
+        for name in sorted(grid.speedups):
+            method = _first_word(name)
+            styles[name] = colours[method][0] if method in colours else NULL, next(of_method[method])
         for axis, context in zip(line, grid.contexts, strict=False):
             for name, speedups in grid.speedups.items():
                 points = [(batch, s[0]) for batch in grid.batches if (s := speedups.get((batch, context)))]
@@ -316,8 +326,17 @@ def _lines(found: list[Grid]) -> Any:
             axis.set_visible(False)
         line[0].set_ylabel("speed-up over fastest dense")
         line[0].set_title("\n".join(wrap(grid.title, 64 * columns)), loc="left", fontsize=8.5)
-        line[0].legend(fontsize=7.5, frameon=False)
+        # Also of lines that the first panel lacks.
+        named = {label: h for axis in line for h, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        names = sorted(named)
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)}
+        line[len(grid.contexts) - 1].legend([named[n] for n in names], names, fontsize=7.5, frameon=False, **place)
     return figure
+
+
+def _first_word(name: str) -> str:
+    """The method of a row's name."""
+    return name.split()[0]
 
 
 FIGURES = (
@@ -359,12 +378,18 @@ def _best(rows: Sequence[Row], panel: Panel) -> list[Row]:
     return kept
 
 
-def _draw(axis: Any, rows: Sequence[Row], panel: Panel, name: Callable[[Row], str], behind: Sequence[Row]) -> None:
+def _draw(
+    axis: Any,
+    rows: Sequence[Row],
+    panel: Panel,
+    name: Callable[[Row], str],
+    behind: Sequence[Row],
+    styles: dict[str, tuple[str, str]],
+) -> None:
     """A line for the rows of each name, and the front of the rows behind."""
     series: dict[str, list[tuple[float, float, Row]]] = {}
     for point in _points(rows, panel):
         series.setdefault(name(point[2]), []).append(point)
-    styles = _styles({name(row) for row in rows if not row.is_baseline})
     if panel.larger is not None:
         steps = _edge(behind, panel)
         axis.step(*zip(*steps, strict=True), where="post", color=FRONT, linewidth=5, alpha=0.5, label="Pareto front")
@@ -374,7 +399,7 @@ def _draw(axis: Any, rows: Sequence[Row], panel: Panel, name: Callable[[Row], st
             axis.plot(xs, ys, "*", color="black", markersize=12, label=label, zorder=4)
             axis.axhline(ys[0], color="black", linewidth=0.6, linestyle=":", zorder=0)
         elif label == "null":
-            axis.plot(xs, ys, "x", color="#777777", markersize=8, label=label, zorder=3)
+            axis.plot(xs, ys, "x", color=NULL, markersize=8, label=label, zorder=3)
         else:
             colour, marker = styles[label]
             line = "--" if found[0][2].control else "-"

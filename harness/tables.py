@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from .rows import BUDGETS, Group, Row, is_share
 from .stats import Interval
 
 NONE = "–"
+WIDE = 240  # characters of a line
 SITE_ORDER = ("q", "k", "v", "o", "gate", "up", "down", "ffn")
 
 Text = Callable[[Row], str]
@@ -211,12 +213,14 @@ def github(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     from tabulate import tabulate
 
     cells = [[text.replace("|", "\\|").replace("\n", " ") for text in line] for line in body]
-    return tabulate(cells, list(titles), tablefmt="github", disable_numparse=True)
+    table: str = tabulate(cells, list(titles), tablefmt="github", disable_numparse=True)
+    # Padding serves who reads the text: not in lines that no screen holds, where it is half of the file.
+    return table if table.find("\n") <= WIDE else re.sub(" {2,}", " ", re.sub("-{4,}", "---", table))
 
 
 def grid_table(grid: Grid) -> str:
     """Speed-up and verdict of every method, by batch and context."""
-    places = [(batch, context) for context in grid.contexts for batch in grid.batches]
+    places = sorted({p for found in grid.speedups.values() for p in found}, key=lambda place: place[::-1])
     titles = ["method", *(f"batch {batch}, context {context}" for batch, context in places)]
     body = []
     for name, found in grid.speedups.items():

@@ -132,8 +132,8 @@ def _token(shape: Shape, context: int, draw: Draw) -> Copy:
     def reference() -> Tensor:
         tables = cos.double(), sin.double()
         q, k = (naive.rotate(part.double(), *tables) for part in (query, key))
-        whole = [torch.cat([old[:, :, :-1].double(), new[:, :, None]], 2) for old, new in ((keys, k), (values, value))]
-        return naive.attention_decode(q, *whole, torch.full((1,), context, device=draw.device), None, None)
+        k, v = (torch.cat([old[:, :, :-1].double(), new[:, :, None]], 2) for old, new in ((keys, k), (values, value)))
+        return naive.attention_decode(q, k, v, position + 1)
 
     return Copy(
         run=lambda: token_attention(query, key, value, cos, sin, position, keys, values),

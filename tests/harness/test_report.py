@@ -166,13 +166,14 @@ def test_several_batches_or_contexts_make_a_grid(tmp_path: Any) -> None:
     assert "## Speed-up by batch" not in page(FULL) and not grids.grids(rows.group(FULL))
     records = [record(name, d, batch=b, context=c) for name, d in (("dense", None), ("teal", 0.5), ("lte", 0.5))
                for b, c in ((1, 512), (16, 512), (1, 4096))]  # fmt: skip
+    records[-1]["machine"] = records[-2]["machine"] = {**records[0]["machine"], "identity": "another of its kind"}
     groups = rows.group(records)
     (grid,) = grids.grids(groups)
     assert (grid.batches, grid.contexts, list(grid.speedups)) == ([1, 16], [512, 4096], ["lte 0.5", "teal 0.5"])
     text = report.page(groups).split("## Speed-up by batch and context: reference (reference weights), decode")[1]
     titles, _, lte, teal = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines()[2:6]]
-    assert titles[1:] == [f"batch {b}, context {c}" for c in (512, 4096) for b in (1, 16)]
-    assert teal == ["teal 0.5", "2.00 faster", "2.00 faster", "2.00 faster", "–"] and lte[0] == "lte 0.5"
+    assert titles[1:] == [f"batch {b}, context {c}" for b, c in ((1, 512), (16, 512), (1, 4096))]
+    assert teal == ["teal 0.5", "2.00 faster", "2.00 faster", "2.00 faster"] and lte[0] == "lte 0.5"
     assert {"grid.png", "grid.svg"} <= {f.name for f in plots.write(groups, tmp_path)}
     assert not grids.grids(rows.group([{**r, "cell": {**r["cell"], "device": "cpu"}} for r in records]))
 
