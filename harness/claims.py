@@ -24,9 +24,9 @@ Generated from `harness/claims.toml` and the records of all result sets by `pyth
 not edit.
 
 - **Measured here** is the cell that supports a claim most: of the claim's method, its models or similar ones, and the
-  stated density, batch and context. Speed-ups are over the fastest dense runner of the same run unless another is
-  named, with their 95 % interval. FLOPs are dense ÷ executed, of a decoded token, lm_head and attention scores
-  included. FLOPs and quality need weights that have an accuracy.
+  stated density, batch and context. Speed-ups, with their 95 % interval, are over the fastest dense runner of the same
+  run; where the paper names its baseline, over that one, with the fastest beside it. FLOPs are dense ÷ executed, of a
+  decoded token, lm_head and attention scores included. FLOPs and quality need weights that have an accuracy.
 - **reproduced**: the claimed number is reached on one of the paper's models, and the quality that the claim states was
   measured and holds. GPUs differ from the papers' in most rows; what differs is always said.
 - **partly**: reached on another model or with random weights, whose quality is unknown; or at least half of the claimed
@@ -172,9 +172,9 @@ def measured(found: Finding) -> str:
         return f"{value.estimate:.1f} % (95 % interval from {value.low:.1f} %)"
     text = f"{value.estimate:.2f}x"
     if claim.quantity == "speed-up":
-        text += f" [{value.low:.2f}, {value.high:.2f}]" + (
-            f" over {claim.baseline} at its best" if claim.baseline else ""
-        )
+        text += f" [{value.low:.2f}, {value.high:.2f}]"
+        if claim.baseline and found.row.speedup:
+            text += f" over {claim.baseline} at its best, {found.row.speedup.estimate:.2f}x over the fastest dense"
     if claim.loss is not None and found.row.loss:
         text += f", {found.row.loss[0]:.1f} % lost"
     return text
