@@ -274,8 +274,9 @@ def stored(name: str, router: Router) -> dict[str, Tensor]:
 
 
 def restored(tensors: dict[str, Tensor], name: str) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """What `stored` left: the layers, and the bias or None."""
-    layers = tuple(tensors[f"{name}.{key}"] for key in "ab" if f"{name}.{key}" in tensors)
+    """What `stored` left: the layers, of which there is one at least, and the bias or None."""
+    second = tensors.get(f"{name}.b")
+    layers = (tensors[f"{name}.a"], *(() if second is None else (second,)))
     return layers, tensors.get(f"{name}.bias")
 
 

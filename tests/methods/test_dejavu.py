@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from harness import cost
-from methods import UsageError, sparsify
+from methods import UsageError, load_artifact, sparsify
 from methods.registry import create, parse
 from methods.runtime import runtime
 from methods.shared.heads import largest
@@ -234,3 +236,33 @@ def test_bad_options_are_one_sentence():
     with pytest.raises(UsageError, match="at least 500 tokens"):
         next(iter(parse("dejavu:windows=2").prepare(opt(), data(), [0.5])))
     assert "one norm before attention" in create("dejavu", {}).why_not(type("C", (), {"model_type": "gemma2"})())
+    assert "choose rank=64 or less" in create("dejavu", {"rank": 65}).why_not(opt().config)
+    few = create("dejavu", {"positives": 0.1})
+    assert "choose dejavu:positives=0.25 or more" in few.unreachable(opt().config, 0.5)
+    assert few.unreachable(llama(**DEEP).config, 0.5) == few.unreachable(opt().config, 0.5)
+    for density in (0.0, 1.5):
+        with pytest.raises(UsageError, match=r"choose one in \(0, 1\]"):
+            create("dejavu", {"parts": "ffn"}).synthesize(opt(), density, windows(1))
+
+
+def test_neurons_alone_need_no_groups():
+    model = llama(num_key_value_heads=1)
+    assert "as lte does" in create("dejavu", {}).why_not(model.config)
+    method = create("dejavu", {"parts": "ffn"})
+    assert method.why_not(model.config) is None
+    with sparsify(model, method.synthesize(model, 0.5, windows(1)), "all"):
+        assert torch.isfinite(model(input_ids=windows(1)).logits).all()
+
+
+def test_an_artifact_without_a_predictor_is_refused(tmp_path):
+    """Nothing is drawn in its place: a random predictor would pass for a learned one."""
+    model = llama()
+    whole = create("dejavu", {}).synthesize(model, 0.5, windows(1))
+    for name in ("heads.1.a", "ffn.1.a", "ffn.k"):
+        rest = {key: tensor for key, tensor in whole.tensors.items() if key != name}
+        dataclasses.replace(whole, tensors=rest).save_pretrained(tmp_path / name)
+        with pytest.raises(UsageError, match=f"has no tensor '{name}'.*prepare --force"):
+            with sparsify(model, load_artifact(str(tmp_path / name))):
+                pass
+    model(input_ids=windows(1))  # what was attached before is off again
+    assert not any(type(module).__name__ == "SelectiveHeads" for module in model.modules())

@@ -260,6 +260,11 @@ def test_what_cannot_be_is_said_in_one_sentence():
     assert "variant=native" in create("spark", {"variant": "soft"}).why_not(gemma3n().config)
     with pytest.raises(UsageError, match="choose variant=native"):
         prepare(spark_llama(), "spark:variant=mask")
+    lost = gemma3n().config
+    lost.activation_sparsity_pattern = [0.0] * 4  # as when a checkpoint comes without it
+    assert "no statistical top-k in any layer" in create("spark", {}).why_not(lost)
+    assert "choose variant=mask" in create("spark", {"variant": "native"}).why_not(lost)
+    assert create("spark", {"variant": "mask"}).why_not(lost) is None
     for name in ("lte", "moefication", "d2dmoe"):
         assert "select their neurons themselves" in create(name, {}).why_not(spark_llama().config)
 
