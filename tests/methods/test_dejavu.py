@@ -11,7 +11,7 @@ from harness import cost
 from methods import UsageError, load_artifact, sparsify
 from methods.registry import create, parse
 from methods.runtime import runtime
-from methods.shared.heads import largest
+from methods.shared.heads import head_norms, largest
 from methods.shared.predictors import PredictorRecipe, fit, folded, judge, linear_start
 from methods.shared.selection import text_loss
 from tests.methods.models import MODELS, data, llama, opt, windows
@@ -110,6 +110,26 @@ def test_inside_the_model_predictors_catch_what_they_caught_while_learning(tap, 
             earlier.selector = None  # as while learning, what comes in is dense
         model(input_ids=ids)
     assert caught["recall"] == pytest.approx(artifact.manifest["ffn"]["1"]["recall"], abs=0.01)
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_inside_the_model_predictors_of_heads_catch_what_they_caught_while_learning(ahead):
+    model = llama(**DEEP)
+    artifact, ids = prepared(model, f"{QUICK}:epochs=3:batch=64:parts=heads:heads_ahead={ahead}"), windows(16, seed=2)
+    with sparsify(model, artifact, "all") as handle:
+        layer = handle.layers()[2]
+        for earlier in handle.layers()[:2]:
+            earlier.selector = None  # as while learning, what comes in is dense
+        caught = []
+
+        def judge(module, args, keep):
+            best = largest(head_norms(args[0], 8).unflatten(-1, (4, 2)).amax(-1), 2)
+            caught.append((layer.selector(args[0], args[0]) & best).reshape(-1, 4)[-51:].sum() / 102)
+
+        hook = layer.register_forward_hook(judge)
+        model(input_ids=ids[-1:])
+        hook.remove()
+    assert float(caught[0]) == pytest.approx(artifact.manifest["heads"]["2"]["recall"], abs=0.01)
 
 
 def test_the_oracle_of_a_relu_model_changes_nothing_when_it_keeps_all_that_is_active():
