@@ -133,6 +133,7 @@ class Polar(Method):
             if mark is not None:
                 made, ffn[str(index)] = self._ffn_router(model, data, found, progress)
                 shared |= made
+            found.taps.clear()  # no later block listens to this one
         told |= {"activation_bytes": held + told["activation_bytes"]} | ({"ffn": ffn} if ffn else {})
         notes, spent = told["notes"], perf_counter() - start
         for given in densities:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from methods import UsageError, load_artifact, sparsify
 from methods.registry import create, parse
 from methods.runtime import runtime
 from methods.shared.heads import head_norms, largest
-from methods.shared.predictors import PredictorRecipe, fit, folded, judge, linear_start
+from methods.shared.predictors import PredictorRecipe, activations, fit, folded, judge, linear_start
 from methods.shared.selection import text_loss
 from tests.methods.models import MODELS, data, llama, opt, windows
 from tests.methods.test_runtime import decode
@@ -172,9 +173,26 @@ def test_what_predictors_are_judged_by():
     assert set(manifest["ffn"]) == set(manifest["heads"]) == {"1"}
     ffn = manifest["ffn"]["1"]
     assert ffn["k"] == 64 and ffn["true"] == 0.5 and ffn["precision"] == pytest.approx(ffn["recall"], abs=1e-3)
-    hidden, taps, norms, marks = 2 * 1024 * 64 * 4, 2 * 1008 * 64 * 4, 1008 * 4 * 4, 1008 * 128
-    assert manifest["activation_bytes"] == hidden + 2 * (taps + norms + marks)  # this block and the one before
+    hidden, taps, norms, marks = 1024 * 64 * 4, 2 * 1008 * 64 * 4, 1008 * 4 * 4, 1008 * 128
+    assert manifest["activation_bytes"] == hidden + 2 * taps + norms + marks  # the block before may be listened to
     assert manifest["tokens"] == 1024 and manifest["held_out"] == 51
+
+
+def test_no_more_activations_are_held_than_stated():
+    """Whenever a block's are complete: hidden states of all text, this block's, and what the one before is heard by."""
+
+    def alive():
+        found = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
+
+    model, before, held = llama(**DEEP), None, []
+    text, start = windows(16), alive()
+    for found in activations(model, text, ["mlp_in", "block_in"], lambda block, h: (h > 0)[:, None], "test"):
+        stated = 1024 * 64 * 4 + found.bytes + (before.bytes if before else 0)
+        before = found
+        gc.collect()
+        held.append((alive() - start) / stated)
+    assert len(held) == 3 and max(held) < 1.1, held  # positions of rotary embeddings are beside it
 
 
 def test_densities_share_what_does_not_depend_on_them():
