@@ -93,10 +93,14 @@ def obtain(
 
 
 def existing(loaded: LoadedModel, method: Method, density: float | None, corpus: Corpus, seed: int) -> Artifact | None:
-    """The artifact that is cached or shipped, if any. Raises UsageError when it is damaged."""
+    """The artifact that is cached or shipped, if any. Raises UsageError when it is damaged or of other weights."""
     folder = _cached(loaded, method, density, corpus, seed)
     place = folder if (folder / CONFIG_FILE).is_file() else shipped(loaded, method, density, seed)
-    return None if place is None else Artifact.from_pretrained(place)
+    if place is None:
+        return None
+    artifact = Artifact.from_pretrained(place)
+    artifact.require(loaded.model)
+    return artifact
 
 
 def _cached(loaded: LoadedModel, method: Method, density: float | None, corpus: Corpus, seed: int) -> Path:

@@ -24,6 +24,7 @@ from .tables import (
     github,
     markdown,
     number,
+    predictor_means,
 )
 
 PRIVATE = "local"  # the user's own results, which no committed page may depend on
@@ -41,7 +42,8 @@ add a machine: [README.md](README.md). What the papers claim: [CLAIMS.md](CLAIMS
   its interval is over the budget. **Δ tasks** is paired with dense on the same items.
 - **MB/token** follows the union over a batch; **share of byte limit** is what the step had to read, over the measured
   bandwidth, over its time. **Artifact**: what a user downloads. **Extra memory**: peak for a prompt and decode steps,
-  beyond the dense model's. **Fidelity**: whether something is adapted from the paper; the statements are at the end.
+  beyond the dense model's. **Predictors**: on held-out tokens, means over blocks; block by block in each folder.
+  **Fidelity**: whether something is adapted from the paper; the statements are at the end.
 - A CPU's milliseconds are those of a reference path that skips nothing. Random weights have FLOPs, bytes and time, and
   no accuracy. Every column is explained in [docs/protocol.md](../docs/protocol.md).
 """
@@ -156,9 +158,11 @@ def _preference(row: Row) -> tuple[float, ...]:
 def columns(table: Group) -> list[Column]:
     """Everything about a cell that one line can hold."""
     quality = [] if table.synthetic else [*fidelity_columns(), Column("Δ tasks, points [95 %]", _tasks)]
+    predictors = [predictor_means()] if any(row.predictors for row in table.rows) else []
     return [
         *cost_columns(table),
         *quality,
+        *predictors,
         Column("artifact, MB", lambda r: _scaled(r.part("artifact").get("bytes"), 1e6)),
         Column("extra memory, MB", lambda r: _scaled(extra_memory(r), 1e6)),
         Column("fidelity", lambda r: level(r.method)),

@@ -23,6 +23,7 @@ from .tables import (
     github,
     grid_table,
     markdown,
+    predictor_columns,
     prompt_columns,
     quality_columns,
     readme_columns,
@@ -67,6 +68,11 @@ HOW_TO_READ_BREAKDOWN = """\
 From a trace of 8 replays of the decode runtime; tracing slows a step a little. Fused kernels count where most of their
 time goes: the norm and the threshold before a linear layer are in *linears* for one token, in *selection* for more, and
 in older rows, in a dense step too. *Idle*: no kernel ran."""
+
+
+HOW_TO_READ_PREDICTORS = """\
+On held-out tokens of the training text, against what its labels call needed: *recall* and *precision* of the units that
+run; *predicted density* is the share whose score is positive, whatever runs. Other blocks are dense."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -266,6 +272,9 @@ def _section(found: Group) -> list[str]:
     if sites := site_columns(found):
         rows = [row for row in found.rows if not row.is_baseline]
         parts += ["### Density by site: mean (p99 over tokens)", markdown(sites, rows)] if rows else []
+    if judged := predictor_columns(found):
+        rows = [row for row in found.rows if row.predictors]
+        parts += ["### Predictors, block by block", markdown(judged, rows), HOW_TO_READ_PREDICTORS]
     return [*parts, *_warnings(found)]
 
 

@@ -20,6 +20,7 @@ BUDGETS = (1.0, 3.0)  # per cent of accuracy that a cell may lose; only cells wi
 # A table's rows agree in these; with `seed`, which rows of one cell may differ in, it is the whole setting of a cell.
 SHARED = ("model", "weights", "mode", "batch", "context", "corpus", "tasks", "limit", "device", "dtype")
 SETTING = (*SHARED, "seed")
+PREDICTED = ("heads", "ffn")  # sites under which a manifest says how good its predictors are
 LORA = "-lora"  # ends the name of a method whose `lora_rank` is set
 MEASURED = ("density", "cost", "fidelity", "accuracy", "latency", "prepare")  # sections that seeds are averaged over
 
@@ -101,6 +102,13 @@ class Row:
     def prompt(self) -> dict[str, Any]:
         """How long it took in this cell's mode; under `decode`, where the prompt is dense, that is the dense way."""
         return self.prompts.get("method") or self.prompts.get("dense") or {}
+
+    @cached_property
+    def predictors(self) -> dict[str, dict[str, dict[str, float]]]:
+        """By site and block, what predictors caught of held-out tokens; means over seeds, empty without predictors."""
+        manifests = [row.part("artifact").get("manifest") or {} for row in self.repeats or [self]]
+        judged = [{site: found[site] for site in PREDICTED if site in found} for found in manifests]
+        return _mean(judged) or {}
 
     @property
     def speedup(self) -> stats.Interval | None:

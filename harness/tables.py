@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from .grids import Grid
-from .rows import BUDGETS, Group, Row, is_share
+from .rows import BUDGETS, PREDICTED, Group, Row, is_share
 from .stats import Interval
 
 NONE = "–"
 WIDE = 240  # characters of a line
 SITE_ORDER = ("q", "k", "v", "o", "gate", "up", "down", "ffn")
+
+PREDICTOR_MEASURES = ("recall", "recall"), ("precision", "precision"), ("predicted density", "predicted")
 
 Text = Callable[[Row], str]
 
@@ -200,6 +202,39 @@ def site_columns(group: Group) -> list[Column]:
         return Column(name, text)
 
     return [*name_columns(group), *map(column, ordered)] if ordered else []
+
+
+def predictor_columns(group: Group) -> list[Column]:
+    """How good predictors are, block by block; none where no row has any."""
+
+    def column(site: str, title: str, name: str) -> Column:
+        def text(row: Row) -> str:
+            return " ".join(number(found[name], 2) for found in row.predictors.get(site, {}).values()) or NONE
+
+        return Column(f"{site}: {title}", text)
+
+    def blocks(row: Row) -> str:
+        return ", ".join(f"{site} {span(list(map(int, found)))}" for site, found in row.predictors.items())
+
+    def span(found: list[int]) -> str:
+        return f"{found[0]}–{found[-1]}" if found == list(range(found[0], found[-1] + 1)) else " ".join(map(str, found))
+
+    sites = [site for site in PREDICTED if any(site in row.predictors for row in group.rows)]
+    judged = [column(site, *measure) for site in sites for measure in PREDICTOR_MEASURES]
+    return [*name_columns(group), Column("blocks", blocks), *judged] if judged else []
+
+
+def predictor_means() -> Column:
+    """How good predictors are, in a line: means over blocks."""
+
+    def text(row: Row) -> str:
+        parts = []
+        for site, found in row.predictors.items():
+            means = (sum(one[name] for one in found.values()) / len(found) for _, name in PREDICTOR_MEASURES)
+            parts.append(f"{site} {' / '.join(number(mean, 2) for mean in means)}")
+        return ", ".join(parts) or NONE
+
+    return Column(f"predictors: {' / '.join(title for title, _ in PREDICTOR_MEASURES)}", text)
 
 
 def markdown(columns: Sequence[Column], rows: Iterable[Row]) -> str:

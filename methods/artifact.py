@@ -20,6 +20,16 @@ TENSOR_FILE = "sparsity.safetensors"
 SCHEMA = 1
 
 
+class Stored(dict[str, "Tensor"]):
+    """Tensors from disk. A name that is not there is the file's fault: nothing may stand in for it."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise UsageError(
+            f"the artifact has no tensor '{name}', which another version of the method would explain: "
+            "run `python -m harness prepare --force`."
+        )
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A prepared method for one model and one target density.
@@ -47,6 +57,15 @@ class Artifact:
             digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.view(-1).view(_bytes()).numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    def require(self, model: PreTrainedModel) -> None:
+        """Raises UsageError when it was prepared for other weights."""
+        found = fingerprint(model)
+        if self.model != found:
+            raise UsageError(
+                f"the {self.method} artifact belongs to weights {self.model}, this model has {found}: "
+                "run `python -m harness prepare` for this model."
+            )
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> Path:
         """Writes the two files; a reader never sees half of them, because the folder appears under its name at once."""
@@ -89,7 +108,7 @@ class Artifact:
                 config["density"],
                 config["model"],
                 config["manifest"],
-                tensors,
+                Stored(tensors),
             )
             recorded = config["hash"]
         except Exception as error:  # safetensors raises its own type; any of them means a damaged folder

@@ -87,9 +87,11 @@ class Method:
         return getattr(self.options, "selector", None) in CONTROLS
 
     def target(self, density: float | None) -> float:
-        """The density, for a method that needs one. Raises UsageError where none is given."""
+        """The density, for a method that needs one. Raises UsageError where none is given, and outside (0, 1]."""
         if density is None:
             raise UsageError(f"{self.name} needs a target density: add --density 0.5.")
+        if not 0 < density <= 1:
+            raise UsageError(f"{self.name} cannot reach density {density:g}: choose one in (0, 1], like 0.5.")
         return density
 
     def why_not(self, config: Any) -> str | None:
@@ -294,10 +296,5 @@ def _attach(model: PreTrainedModel, artifact: Artifact, mode: str) -> SparseMode
 
     if getattr(model, "sparse_model", None) is not None:
         raise UsageError("the model is sparse already: call model.sparse_model.remove() first.")
-    found = fingerprint(model)
-    if artifact.model != found:
-        raise UsageError(
-            f"the {artifact.method} artifact belongs to weights {artifact.model}, this model has {found}: "
-            "run `python -m harness prepare` for this model."
-        )
+    artifact.require(model)
     return SparseModel(model, artifact, create(artifact.method, artifact.options), mode)

@@ -8,6 +8,7 @@ stay dense. Keys and values are computed for all heads, which gives the paper's 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -101,16 +102,27 @@ class Dejavu(Method):
     options: DejavuOptions
 
     def why_not(self, config: Any) -> str | None:
-        from .families import why_no_experts, why_no_heads
+        from .families import why_no_experts, why_no_heads, why_no_rank, why_no_taps
 
-        return why_no_heads(self.name, config) or why_no_experts(self.name, config, 1)
+        return (
+            why_no_taps(self.name, config)
+            or (why_no_heads(self.name, config) if "heads" in self._parts() else None)
+            or why_no_experts(self.name, config, 1)
+            or why_no_rank(self.name, config, self.options.rank)
+        )
 
     def unreachable(self, config: Any, density: float) -> str | None:
         from .families import heads_of, no_groups
 
         if "heads" not in self._parts():
             return None
-        return no_groups(self.name, density, heads_of(config)[1])
+        groups, share = heads_of(config)[1], self.options.positives
+        if share and no_groups(self.name, share, groups):
+            return (
+                f"dejavu:positives={share:g} calls none of {groups} KV groups needed, from which predictors of heads "
+                f"learn nothing: choose dejavu:positives={math.ceil(100 / groups) / 100:g} or more."
+            )
+        return no_groups(self.name, density, groups)
 
     def skips(self, config: Any) -> tuple[str, ...]:
         return self._parts()

@@ -177,23 +177,41 @@ def neurons_of(config: Any) -> int:
     return getattr(config, "intermediate_size", None) or config.ffn_dim
 
 
-def why_no_heads(method: str, config: Any) -> str | None:
-    """One sentence when attention heads of a model with this config cannot be left out one group at a time."""
+def why_no_taps(method: str, config: Any) -> str | None:
+    """One sentence when predictors cannot listen at `PLACES` in blocks of a model with this config."""
     layout = layout_of(config)
     if layout.norms is None or layout.after or getattr(config, "do_layer_norm_before", True) is False:
         return (
             f"{method} needs blocks with one norm before attention and one before the FFN, which {config.model_type} "
             "has not: choose a Llama, Mistral, Qwen or OPT model."
         )
+    return None
+
+
+def why_no_heads(method: str, config: Any) -> str | None:
+    """One sentence when attention heads of a model with this config cannot be left out one group at a time."""
     heads, groups = heads_of(config)
     if heads % groups or heads > MAX_GROUP * groups:
         return (
             f"{method} keeps or drops KV groups whole, with 1 to {MAX_GROUP} query heads each: "
-            f"{heads} heads cannot be grouped by {groups}."
+            f"{heads} heads cannot be grouped by {groups}: choose another model, or neurons alone, as lte does."
         )
     if groups == 1:
-        return f"{method} needs more than one KV group to choose from, this model has one for its {heads} heads."
+        return (
+            f"{method} needs more than one KV group to choose from, this model has one for its {heads} heads: "
+            "choose another model, or neurons alone, as lte does."
+        )
     return None
+
+
+def why_no_rank(method: str, config: Any, rank: int) -> str | None:
+    """One sentence when two layers of this rank are more than the one matrix they stand for, else None."""
+    if rank <= config.hidden_size:
+        return None
+    return (
+        f"{method}:rank={rank} is above the {config.hidden_size} channels that a predictor reads: "
+        f"choose rank={config.hidden_size} or less, or 0 for the published share."
+    )
 
 
 def groups_for(method: str, density: float, groups: int) -> int:

@@ -89,13 +89,13 @@ class Polar(Method):
     options: PolarOptions
 
     def why_not(self, config: Any) -> str | None:
-        from .families import activation_of, is_relu, why_no_heads
+        from .families import activation_of, is_relu, why_no_heads, why_no_rank, why_no_taps
 
-        if reason := why_no_heads(self.name, config):
+        if reason := why_no_taps(self.name, config) or why_no_heads(self.name, config):
             return reason
         if self.options.ffn == "sparse" and not is_relu(config):
             return f"polar:ffn=sparse needs a model with ReLU, this one has {activation_of(config)}: choose ffn=auto."
-        return None
+        return why_no_rank(self.name, config, self.options.rank)
 
     def skips(self, config: Any) -> tuple[str, ...]:
         """How many neurons run follows from the recall, and not from the density."""
@@ -133,6 +133,7 @@ class Polar(Method):
             if mark is not None:
                 made, ffn[str(index)] = self._ffn_router(model, data, found, progress)
                 shared |= made
+            found.taps.clear()  # no later block listens to this one
         told |= {"activation_bytes": held + told["activation_bytes"]} | ({"ffn": ffn} if ffn else {})
         notes, spent = told["notes"], perf_counter() - start
         for given in densities:

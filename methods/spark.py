@@ -35,9 +35,9 @@ MULTIPLIERS = ("calibrated", "gaussian")
 class SparkOptions:
     """variant: native (the model was trained with statistical top-k: spark_llama, gemma3n); without training: mask
     (neurons with a large activation of the gate), output (large value of the hidden layer; only down is skipped), soft
-    (Gemma 3n's operator on the gate, which subtracts the threshold); auto: native where the model has it, else mask.
-    multiplier, of all but native: calibrated on text, or gaussian, as if scores were normal; windows: calibration
-    windows."""
+    (Gemma 3n's operator on the gate, which subtracts the threshold); auto: native where the model has it, else mask,
+    though not in a Gemma 3n that lacks it; multiplier, of all but native: calibrated on text, or gaussian, as if scores
+    were normal; windows: calibration windows."""
 
     variant: str = "auto"
     multiplier: str = "calibrated"
@@ -69,7 +69,7 @@ class Spark(Method):
     options: SparkOptions
 
     def why_not(self, config: Any) -> str | None:
-        from .families import activation_of
+        from .families import activation_of, layout_of
 
         try:
             activation_of(config)
@@ -81,6 +81,11 @@ class Spark(Method):
         if variant not in ("native", "auto") and native:
             return (
                 f"this model selects neurons itself, so spark:variant={variant} has no meaning: choose variant=native."
+            )
+        if variant == "auto" and not native and layout_of(config).own_selection:
+            return (
+                f"this {config.model_type} has no statistical top-k in any layer (activation_sparsity_pattern), so "
+                "nothing native can be skipped: choose spark:variant=mask to put one in."
             )
         return None
 

@@ -168,10 +168,11 @@ def walk(
     for part in windows.split(batch):
         chunks.append(_first_call(model, modules, part))
         progress(f"{label}, reading text", len(chunks) * batch, len(windows))
-    hidden = [first for first, _ in chunks]
+    hidden, calls = (list(found) for found in zip(*chunks, strict=True))
+    del chunks  # they would keep what enters the first block
     for index, module in enumerate(modules):
         with _hooks(listen(index)):
-            for at, (_, arguments) in enumerate(chunks):
+            for at, arguments in enumerate(calls):
                 hidden[at] = module(hidden[at], **arguments[index])
         yield index
 

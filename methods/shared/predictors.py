@@ -1,7 +1,7 @@
 """Predictors of the neurons and heads that a token needs, learned from a frozen model's own activations.
 
 Activations are made block after block and forgotten again: what is held is the hidden states of all text between two
-blocks, and one block's taps and labels, a byte for each neuron of each token.
+blocks, and one block's taps and labels, a byte for each neuron of each token; docs/architecture.md has the bound.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ def activations(
 ) -> Iterator[Activations]:
     """The activations of every block over text, without the first position of a window.
 
+    A block's norms and marks are gone when the next one comes; its taps are there as long as the caller keeps them.
     mark: what to keep of a block's neurons' values [tokens, neurons]; None keeps nothing.
     """
     found, length = list(blocks(model)), windows.shape[1]
@@ -83,10 +84,12 @@ def activations(
         ]
 
     for index in walk(model, windows, listen, label, progress):
-        whole = {name: torch.cat(values) for name, values in parts.items()}
-        parts.clear()
-        marks = whole.get("marks", torch.empty(0))
-        yield Activations(found[index], {place: whole[place] for place in places}, whole["norms"], marks)
+        whole = {name: torch.cat(parts.pop(name)) for name in list(parts)}  # one after another: one is there twice
+        norms, marks = whole.pop("norms"), whole.pop("marks", torch.empty(0))
+        one = Activations(found[index], whole, norms, marks)
+        del whole, norms, marks
+        yield one
+        one.norms = one.marks = torch.empty(0)
 
 
 def neuron_importance(down: Tensor) -> Callable[[Tensor], Tensor]:
@@ -274,18 +277,19 @@ def stored(name: str, router: Router) -> dict[str, Tensor]:
 
 
 def restored(tensors: dict[str, Tensor], name: str) -> tuple[tuple[Tensor, ...], Tensor | None]:
-    """What `stored` left: the layers, and the bias or None."""
-    layers = tuple(tensors[f"{name}.{key}"] for key in "ab" if f"{name}.{key}" in tensors)
+    """What `stored` left: the layers, of which there is one at least, and the bias or None."""
+    second = tensors.get(f"{name}.b")
+    layers = (tensors[f"{name}.a"], *(() if second is None else (second,)))
     return layers, tensors.get(f"{name}.bias")
 
 
 def manifest_of(model: PreTrainedModel, windows: Tensor, wanted: int, data: Data) -> dict[str, Any]:
     """What manifests of predictors have in common. Raises UsageError where there is too little text to learn from.
 
-    activation_bytes: of hidden states before and after a block; what else is alive at once is to be added.
+    activation_bytes: of the hidden states between two blocks; what else is alive at once is to be added.
     """
     tokens = windows.numel()
-    held = 2 * tokens * model.config.hidden_size * model.dtype.itemsize  # type: ignore[operator]
+    held = tokens * model.config.hidden_size * model.dtype.itemsize  # type: ignore[operator]
     told = {"corpus": data.corpus, "seed": data.seed, "tokens": tokens, "held_out": tokens - split(tokens)}
     told |= {"activation_bytes": held, "device": next(model.parameters()).device.type}
     told |= {"notes": enough(tokens, wanted * windows.shape[1])}

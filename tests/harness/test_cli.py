@@ -62,6 +62,38 @@ def test_wrong_usage_is_one_line_and_exit_code_2(arguments: list[str], expected:
     assert expected in streams.err
 
 
+@pytest.mark.parametrize(
+    ("method", "changes", "expected"),
+    [
+        ("polar", {"num_key_value_heads": 3}, "8 heads cannot be grouped by 3: choose"),
+        ("dejavu", {"num_key_value_heads": 1}, "has one for its 8 heads: choose"),
+        ("polar", {"num_key_value_heads": 2}, "choose --density 0.5 or more"),
+        ("dejavu:positives=0.1", {}, "choose dejavu:positives=0.13 or more"),
+        ("dejavu:rank=100", {}, "choose rank=64 or less"),
+        ("polar:ffn=sparse", {}, "this one has silu: choose ffn=auto"),
+        ("lte:expert_size=24", {}, "choose --methods lte:expert_size=16"),
+        ("spark:variant=native", {}, "choose variant=mask"),
+        ("spark", {"gemma": [0.0] * 4}, "choose spark:variant=mask"),
+        ("spark", {"gemma": [0.95]}, "Expected 4 values but got 1"),
+        ("dejavu", {"gemma": [0.95] * 4}, "choose a Llama"),
+    ],
+)  # fmt: skip
+def test_what_a_model_cannot_do_is_one_line_and_exit_code_2(
+    method: str, changes: dict[str, Any], expected: str, tmp_path: Any, capsys: Capture
+) -> None:
+    """From its config alone: nothing is loaded."""
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+    config |= {"num_attention_heads": 8, "num_key_value_heads": 8} | changes
+    if pattern := config.pop("gemma", None):
+        config |= {"model_type": "gemma3n_text", "activation_sparsity_pattern": pattern, "num_kv_shared_layers": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = ["run", "--model", str(tmp_path), "--weights", "synthetic", "--device", "cpu", "--density", "0.3"]
+    assert cli.main([*arguments, "--methods", method]) == 2
+    streams = capsys.readouterr()
+    assert streams.err.startswith("error: ") and streams.err.count("\n") == 1 and not streams.out
+    assert expected in streams.err
+
+
 def test_argparse_errors_exit_with_2() -> None:
     for arguments in (["ls", "everything"], ["run", "--weights", "fake"], ["run", "--densty", "0.5"]):
         with pytest.raises(SystemExit) as stop:

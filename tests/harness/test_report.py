@@ -271,6 +271,23 @@ def test_what_methods_tell_is_said_once_per_density() -> None:
     ]
 
 
+def test_predictors_are_shown_block_by_block_as_means_over_seeds() -> None:
+    def told(seed: int, recall: float) -> dict[str, Any]:
+        facts = {"k": 2, "recall": recall, "precision": 0.5, "predicted": 0.25, "true": 0.5}
+        judged = {"heads": {"1": facts, "2": {**facts, "predicted": 0.75}}}
+        return record("polar", 0.5, seed=seed, key=str(seed), artifact={"manifest": judged})
+
+    assert "### Predictors" not in page(FULL)
+    cells = [record(seed=0, key="a"), record(seed=1, key="b"), told(0, 0.8), told(1, 0.9), record("teal", 0.5)]
+    table = page(cells).split("### Predictors, block by block")[1]
+    titles, _, *body = [[c.strip() for c in line.split("|")[1:-1]] for line in table.splitlines() if "|" in line]
+    (line,) = (dict(zip(titles, row, strict=True)) for row in body)  # teal has none
+    assert line["method"] == "polar" and line["blocks"] == "heads 1–2" and line["heads: recall"] == "0.85 0.85"
+    assert line["heads: precision"] == "0.50 0.50" and line["heads: predicted density"] == "0.25 0.75"
+    means = tables.predictor_means()
+    assert [means.text(r) for r in rows.group(cells)[0].rows if r.predictors] == ["heads 0.85 / 0.50 / 0.50"]
+
+
 def test_report_writes_and_check_sees_drift(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     out = write(tmp_path, FULL)
     assert report.check(out) == 1  # nothing written yet

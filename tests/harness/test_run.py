@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from harness import cli, fidelity, latency, store, workers
 from harness.plan import add_run_arguments, build_plan
 from harness.run import measure
+from methods import load_artifact
 
 METHODS = "teal:allocation=uniform,lte:stage1_steps=2:stage2_steps=1:trials=1:batch=2"
 
@@ -237,8 +239,6 @@ def test_a_width_that_experts_do_not_divide(tmp_path: Path, model: str) -> None:
 
 
 def test_prepare_saves_an_artifact_that_others_load(model: str, tmp_path: Path) -> None:
-    from methods import load_artifact
-
     arguments = ["prepare", "--model", model, "--methods", "teal:allocation=uniform", "--density", "0.5"]
     assert cli.main([*arguments, "--save", str(tmp_path)]) == 0
     (folder,) = tmp_path.glob("*/teal-0.5")
@@ -303,7 +303,7 @@ def test_a_decode_step_that_computes_something_else_has_no_numbers(
     assert "latency" not in found["null None"] and found["lte 0.5"]["status"] == "ok"
 
 
-def test_a_damaged_artifact_ends_the_run_before_it_measures(
+def test_a_wrong_or_damaged_artifact_ends_the_run_before_it_measures(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("ACTIVATION_SPARSITY_CACHE", str(tmp_path / "cache"))
@@ -311,8 +311,13 @@ def test_a_damaged_artifact_ends_the_run_before_it_measures(
     arguments[4] = "teal:allocation=uniform"
     assert cli.main(arguments) == 0
     (file,) = (tmp_path / "cache" / "artifacts").glob("teal-*/sparsity.safetensors")
-    file.write_bytes(file.read_bytes()[:-4])
+    whole = load_artifact(str(file.parent))
+    dataclasses.replace(whole, model="0" * 16).save_pretrained(file.parent)  # as of another revision of the model
     before = store.load(tmp_path / "out")
+    capsys.readouterr()
+    assert cli.main([*arguments, "--force"]) == 2
+    assert f"belongs to weights {'0' * 16}, this model has {whole.model}: run" in capsys.readouterr().err
+    file.write_bytes(file.read_bytes()[:-4])
     assert cli.main([*arguments, "--force"]) == 2
     assert "harness prepare --force" in capsys.readouterr().err
     assert store.load(tmp_path / "out") == before

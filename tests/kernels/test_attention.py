@@ -216,6 +216,7 @@ INT = dict(dtype=torch.int32)
         (dict(heads=(torch.zeros(2, 3, **INT), torch.zeros(2, **INT))), "lists KV groups, each kept with all"),
         (dict(heads=(torch.zeros(2, **INT), torch.zeros(2, **INT))), "1 to 2 slots per sequence"),
         (dict(heads=(torch.zeros(2, 1), torch.zeros(2, **INT))), "index must be contiguous torch.int32"),
+        (dict(heads=(torch.zeros(2, 2, **INT).T, torch.zeros(2, **INT))), "index must be contiguous torch.int32"),
         (dict(heads=(torch.zeros(2, 1, **INT), torch.zeros(1, **INT))), "count must be contiguous torch.int32"),
         (dict(window=0), "window must be at least 1"),
         (dict(softcap=-1.0), "softcap must be positive"),

@@ -128,6 +128,36 @@ def test_shifting_and_scaling_scores_scales_the_survivors():
     assert torch.allclose(layer(u[:, order]), layer(u)[:, order], atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["spark", "hard", "magnitude", "output"])
+def test_survivors_are_the_best_and_the_rest_is_zero(kind):
+    """By either form of the threshold the same ones survive, and none that scores less than one that does not."""
+    layer, x = ffn(kind), torch.randn(5, WIDTH)
+    values = []
+    layer.down.register_forward_pre_hook(lambda module, args: values.append(args[0]))
+    layer(x)
+    score = layer.scores(x, layer.first(x))
+    kept = values[0] != 0
+    best = score.argsort(-1, descending=True)
+    assert 0 < kept.sum(-1).min() and kept.sum(-1).max() < NEURONS
+    assert all(
+        set(row[: int(k.sum())].tolist()) == set(k.nonzero().flatten().tolist())
+        for row, k in zip(best, kept, strict=True)
+    )
+    if layer.soft:
+        layer.soft = False
+        layer(x)
+        assert torch.equal(values[1] != 0, kept) and not torch.equal(values[1], values[0])
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float16, 2e-3), (torch.bfloat16, 1.6e-2)])
+@pytest.mark.parametrize("kind", ["spark", "gemma 3n"])  # soft: what is near the threshold is near zero on either side
+def test_half_precision(device, kind, dtype, error):
+    layer, x = ffn(kind, device=device).to(dtype), torch.randn(7, WIDTH, device=device).to(dtype)
+    expected = definition(layer, x)
+    for found in (layer(x[:, None])[:, 0], layer._skip(x, 0.5)):
+        assert found.dtype == dtype and (found.float() - expected).abs().max() < error * expected.abs().max()
+
+
 def test_what_is_charged():
     assert set(ffn("spark").linears()) == {"up", "down"} and set(ffn("output").linears()) == {"down"}
     assert set(ffn("ungated").linears()) == {"down"} and ffn("spark").overhead == 0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import gc
+
 import pytest
 import torch
 
 from harness import cost
-from methods import UsageError, sparsify
+from methods import UsageError, load_artifact, sparsify
 from methods.registry import create, parse
 from methods.runtime import runtime
-from methods.shared.heads import largest
-from methods.shared.predictors import PredictorRecipe, fit, folded, judge, linear_start
+from methods.shared.heads import head_norms, largest
+from methods.shared.predictors import PredictorRecipe, activations, fit, folded, judge, linear_start
 from methods.shared.selection import text_loss
 from tests.methods.models import MODELS, data, llama, opt, windows
 from tests.methods.test_runtime import decode
@@ -110,6 +113,26 @@ def test_inside_the_model_predictors_catch_what_they_caught_while_learning(tap, 
     assert caught["recall"] == pytest.approx(artifact.manifest["ffn"]["1"]["recall"], abs=0.01)
 
 
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_inside_the_model_predictors_of_heads_catch_what_they_caught_while_learning(ahead):
+    model = llama(**DEEP)
+    artifact, ids = prepared(model, f"{QUICK}:epochs=3:batch=64:parts=heads:heads_ahead={ahead}"), windows(16, seed=2)
+    with sparsify(model, artifact, "all") as handle:
+        layer = handle.layers()[2]
+        for earlier in handle.layers()[:2]:
+            earlier.selector = None  # as while learning, what comes in is dense
+        caught = []
+
+        def judge(module, args, keep):
+            best = largest(head_norms(args[0], 8).unflatten(-1, (4, 2)).amax(-1), 2)
+            caught.append((layer.selector(args[0], args[0]) & best).reshape(-1, 4)[-51:].sum() / 102)
+
+        hook = layer.register_forward_hook(judge)
+        model(input_ids=ids[-1:])
+        hook.remove()
+    assert float(caught[0]) == pytest.approx(artifact.manifest["heads"]["2"]["recall"], abs=0.01)
+
+
 def test_the_oracle_of_a_relu_model_changes_nothing_when_it_keeps_all_that_is_active():
     model, ids = opt(), windows(2)
     dense = model(input_ids=ids).logits
@@ -150,9 +173,26 @@ def test_what_predictors_are_judged_by():
     assert set(manifest["ffn"]) == set(manifest["heads"]) == {"1"}
     ffn = manifest["ffn"]["1"]
     assert ffn["k"] == 64 and ffn["true"] == 0.5 and ffn["precision"] == pytest.approx(ffn["recall"], abs=1e-3)
-    hidden, taps, norms, marks = 2 * 1024 * 64 * 4, 2 * 1008 * 64 * 4, 1008 * 4 * 4, 1008 * 128
-    assert manifest["activation_bytes"] == hidden + 2 * (taps + norms + marks)  # this block and the one before
+    hidden, taps, norms, marks = 1024 * 64 * 4, 2 * 1008 * 64 * 4, 1008 * 4 * 4, 1008 * 128
+    assert manifest["activation_bytes"] == hidden + 2 * taps + norms + marks  # the block before may be listened to
     assert manifest["tokens"] == 1024 and manifest["held_out"] == 51
+
+
+def test_no_more_activations_are_held_than_stated():
+    """Whenever a block's are complete: hidden states of all text, this block's, and what the one before is heard by."""
+
+    def alive():
+        found = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+        return sum({t.data_ptr(): t.untyped_storage().nbytes() for t in found}.values())
+
+    model, before, held = llama(**DEEP), None, []
+    text, start = windows(16), alive()
+    for found in activations(model, text, ["mlp_in", "block_in"], lambda block, h: (h > 0)[:, None], "test"):
+        stated = 1024 * 64 * 4 + found.bytes + (before.bytes if before else 0)
+        before = found
+        gc.collect()
+        held.append((alive() - start) / stated)
+    assert len(held) == 3 and max(held) < 1.1, held  # positions of rotary embeddings are beside it
 
 
 def test_densities_share_what_does_not_depend_on_them():
@@ -234,3 +274,33 @@ def test_bad_options_are_one_sentence():
     with pytest.raises(UsageError, match="at least 500 tokens"):
         next(iter(parse("dejavu:windows=2").prepare(opt(), data(), [0.5])))
     assert "one norm before attention" in create("dejavu", {}).why_not(type("C", (), {"model_type": "gemma2"})())
+    assert "choose rank=64 or less" in create("dejavu", {"rank": 65}).why_not(opt().config)
+    few = create("dejavu", {"positives": 0.1})
+    assert "choose dejavu:positives=0.25 or more" in few.unreachable(opt().config, 0.5)
+    assert few.unreachable(llama(**DEEP).config, 0.5) == few.unreachable(opt().config, 0.5)
+    for density in (0.0, 1.5):
+        with pytest.raises(UsageError, match=r"choose one in \(0, 1\]"):
+            create("dejavu", {"parts": "ffn"}).synthesize(opt(), density, windows(1))
+
+
+def test_neurons_alone_need_no_groups():
+    model = llama(num_key_value_heads=1)
+    assert "as lte does" in create("dejavu", {}).why_not(model.config)
+    method = create("dejavu", {"parts": "ffn"})
+    assert method.why_not(model.config) is None
+    with sparsify(model, method.synthesize(model, 0.5, windows(1)), "all"):
+        assert torch.isfinite(model(input_ids=windows(1)).logits).all()
+
+
+def test_an_artifact_without_a_predictor_is_refused(tmp_path):
+    """Nothing is drawn in its place: a random predictor would pass for a learned one."""
+    model = llama()
+    whole = create("dejavu", {}).synthesize(model, 0.5, windows(1))
+    for name in ("heads.1.a", "ffn.1.a", "ffn.k"):
+        rest = {key: tensor for key, tensor in whole.tensors.items() if key != name}
+        dataclasses.replace(whole, tensors=rest).save_pretrained(tmp_path / name)
+        with pytest.raises(UsageError, match=f"has no tensor '{name}'.*prepare --force"):
+            with sparsify(model, load_artifact(str(tmp_path / name))):
+                pass
+    model(input_ids=windows(1))  # what was attached before is off again
+    assert not any(type(module).__name__ == "SelectiveHeads" for module in model.modules())

@@ -87,9 +87,10 @@ def test_preparing_leaves_the_model_as_it_was(model: torch.nn.Module, spec: str)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_decode_mode_keeps_the_prompt_dense(model: torch.nn.Module) -> None:
+@pytest.mark.parametrize("name", ["teal-uniform", "spark", "dejavu", "polar"])
+def test_decode_mode_keeps_the_prompt_dense(model: torch.nn.Module, name: str) -> None:
     ids, dense = windows(2), model(input_ids=windows(2)).logits
-    with sparsify(model, prepare(model, "teal:allocation=uniform", 0.3), "decode"):
+    with sparsify(model, prepare(model, SPECS[name]), "decode"):
         out = model(input_ids=ids, use_cache=True)
         assert torch.equal(out.logits, dense)
         step = model(input_ids=ids[:, -1:], past_key_values=out.past_key_values).logits

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import StaticCache
 
 from harness import cost
 from methods import UsageError, sparsify
-from methods.families import coarse, groups_for
+from methods.families import cached, coarse, groups_for
 from methods.registry import create, parse
 from methods.runtime import runtime
 from methods.shared.heads import group_norms, head_norms
@@ -100,6 +102,30 @@ def test_the_cache_is_written_for_all_heads(kind):
     assert (value.flatten(2).norm(dim=-1) > 0).all()
 
 
+@pytest.mark.parametrize("name", ["polar", "dejavu"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_steps_of_the_runtime_write_what_dense_ones_do(kind, name):
+    """Block 0 is dense in both methods, so block 1 hears the dense model, and leaves heads out only after it wrote."""
+    model, ids = MODELS[kind](), windows(2, 15)
+    artifact = create(name, {"ffn": "dense"} if name == "polar" else {}).synthesize(model, 0.5, ids)
+
+    def caches():
+        cache = StaticCache(config=model.config, max_cache_len=16)
+        extra = {"attention_mask": torch.ones(2, 16)} if kind == "opt" else {}
+        for start, end in ((0, 9), *((at, at + 1) for at in range(9, 15))):
+            place = torch.arange(start, end)[None]
+            out = model(input_ids=ids[:, start:end], position_ids=place, **cached(model, cache), **extra)
+        return [(layer.keys.clone(), layer.values.clone()) for layer in cache.layers], out.logits
+
+    dense, logits = caches()
+    with sparsify(model, artifact) as handle, runtime(model, handle):
+        found, strayed = caches()
+    assert not torch.allclose(strayed, logits, atol=1e-3)
+    for own, wanted in zip(found, dense, strict=True):
+        for a, b in zip(own, wanted, strict=True):
+            assert torch.allclose(a, b, atol=1e-5) and (b[:, :, :15].norm(dim=-1) > 0).all()
+
+
 def test_a_sequence_does_not_depend_on_its_batch():
     model, prompt = llama(**SIX), windows(3, 9)
     with sparsify(model, create("polar", {}).synthesize(model, 0.5, prompt)) as handle, runtime(model, handle):
@@ -175,6 +201,27 @@ def test_all_neurons_that_are_active_suffice():
         assert cost.site_table(handle)["ffn"]["mean"] < 0.9
 
 
+def test_a_batch_that_runs_what_any_of_it_needs_is_dense():
+    """And one neuron less is not: here the router scores what it has to predict."""
+    model = opt()
+    dense, rows = model.model.decoder.layers[0], torch.randn(3, 64)
+    dense.fc1.bias.zero_()
+    dense.fc1.weight[::3].copy_(-dense.fc1.weight[::3].abs())
+    rows = rows.abs()  # so that a third of the neurons is silent for all rows
+    active = dense.fc1(rows) > 0
+    needed, expected = int(active.any(0).sum()), dense.fc2(dense.fc1(rows).relu())
+    assert active.sum(1).max() < needed < 0.8 * 128
+    artifact = create("polar", {}).synthesize(model, 0.5, windows(1))
+    with sparsify(model, artifact, "all") as handle:
+        ffn = next(layer for layer in handle.layers() if layer.site == "ffn")
+        for ks, same in (([needed], True), ([needed - 1], False), ([128], True)):
+            ffn.selector = BatchRouter((ffn.up.weight,), ks)
+            ffn.selector.tap = Tap()
+            ffn.selector.tap.value = rows
+            with handle.sparse():
+                assert torch.allclose(ffn(rows), expected, atol=1e-6) == same
+
+
 def test_the_kernels_choose_neurons_for_the_batch(device):
     model = opt()
     artifact = create("polar", {}).synthesize(model, 0.5, windows(2))
@@ -244,14 +291,15 @@ def test_what_cannot_be_served_is_one_sentence():
     method = create("polar", {})
     config = llama().config
     for changes, sentence in (
-        ({"num_key_value_heads": 1}, "more than one KV group"),
-        ({"num_key_value_heads": 3}, "cannot be grouped by 3"),
+        ({"num_key_value_heads": 1}, "more than one KV group .* has one for its 4 heads: choose"),
+        ({"num_key_value_heads": 3}, "cannot be grouped by 3: choose another model"),
         ({"model_type": "gemma2"}, "one norm before attention"),
     ):
         changed = type(config)(**{**config.to_dict(), "num_key_value_heads": 2})
         for name, value in changes.items():
             setattr(changed, name, value)
-        assert sentence in method.why_not(changed)
+        assert re.search(sentence, method.why_not(changed))
+    assert "choose rank=64 or less" in create("polar", {"rank": 65}).why_not(config)
     assert method.unreachable(llama().config, 0.5) is None
     assert coarse(0.5, 4) == [] and "2 of them run, density 0.500" in coarse(0.7, 4)[0]
     assert "choose --density 0.5 or more" in method.unreachable(llama().config, 0.49)

@@ -198,6 +198,21 @@ def test_the_meter_knows_what_attention_reads():
     assert spent["flops"] < spent["flops_dense"] and density["sites"]["attention"]["mean"] < 0.6
 
 
+def test_ffn_costs_what_its_survivors_do():
+    """2 r f + 2 (d - r) k + 2 d k FLOPs a token and layer, k counted, as the paper has it."""
+    from harness import cost
+
+    model = spark_llama(attended=0)
+    shape, (d, r, f) = cost.Shape.of(model), (64, 32, 192)
+    with sparsify(model, prepare(model, "spark", None), "all") as handle, handle.meter.on():
+        model(input_ids=windows(2))
+        kept = [float(torch.cat(handle.meter.counts["ffn", layer]).double().mean()) for layer in range(2)]
+        spent = cost.record(handle, shape, 100, 1)[0]["decode"]
+    ffns = sum(2 * r * f + 2 * (d - r) * k + 2 * d * k for k in kept)
+    assert all(0 < k < 0.2 * f for k in kept) and spent["flops_overhead"] == 0
+    assert spent["flops"] == pytest.approx(spent["flops_dense"] - 2 * 4 * d * f + ffns, abs=2)
+
+
 def test_the_future_and_padding_change_nothing():
     model, ids = spark_llama(), windows(1, 40)
     other = ids.clone()
@@ -260,6 +275,11 @@ def test_what_cannot_be_is_said_in_one_sentence():
     assert "variant=native" in create("spark", {"variant": "soft"}).why_not(gemma3n().config)
     with pytest.raises(UsageError, match="choose variant=native"):
         prepare(spark_llama(), "spark:variant=mask")
+    lost = gemma3n().config
+    lost.activation_sparsity_pattern = [0.0] * 4  # as when a checkpoint comes without it
+    assert "no statistical top-k in any layer" in create("spark", {}).why_not(lost)
+    assert "choose variant=mask" in create("spark", {"variant": "native"}).why_not(lost)
+    assert create("spark", {"variant": "mask"}).why_not(lost) is None
     for name in ("lte", "moefication", "d2dmoe"):
         assert "select their neurons themselves" in create(name, {}).why_not(spark_llama().config)
 
