@@ -26,9 +26,9 @@ COSTS = {
 }
 # Calls of our operators in a decode step of two blocks: q, k, v at once | attention | o | gate, up | down.
 FUSED = {"row_stats": 1, "threshold_linear": 8, "token_attention": 2}
-EXPERTS = {"row_stats": 3, "threshold_linear": 4, "token_attention": 2, "residual_norm": 2}
+EXPERTS = {"row_stats": 1, "threshold_linear": 4, "token_attention": 2, "residual_norm": 2, "add_parts": 2}
 # Without a selection the FFN is one operator, whose parts are added to the residual.
-WHOLE = EXPERTS | {"row_stats": 1, "neuron_ffn": 2, "add_parts": 2}
+WHOLE = EXPERTS | {"neuron_ffn": 2}
 OPERATORS = {"dense": WHOLE, "null": FUSED, "teal": FUSED, "lte": EXPERTS}
 # Of kernels, as the interpreter launches them. A linear layer with a selection is one product and one sum, which for
 # gate and up the layer after makes, and for q, k and v the rotation: these groups have several heads, so that it comes
