@@ -6,7 +6,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -140,15 +140,19 @@ def _name(pair: Pair, ordering: Ordering) -> str:
     return f"{pair.better.target:g}" + (f" ({', '.join(texts)})" if texts else "")
 
 
+@cache
+def _defaults(method: str) -> dict[str, Any]:
+    try:
+        return asdict(create(method, {}).options)
+    except UsageError:  # a method of a package that is not installed here
+        return {}
+
+
 def _options(row: Row) -> dict[str, Any]:
     """All of them, defaults included, as of options younger than the record; the variant as what `auto` chose."""
     artifact, cell = row.part("artifact"), row.record["cell"]
-    try:
-        defaults = asdict(create(cell["method"], {}).options)
-    except UsageError:  # a method of a package that is not installed here
-        defaults = {}
     chosen = {name: value for name, value in (artifact.get("manifest") or {}).items() if name == "variant"}
-    return {**defaults, **(artifact.get("options") or cell["options"]), **chosen}
+    return {**_defaults(cell["method"]), **(artifact.get("options") or cell["options"]), **chosen}
 
 
 def _items(row: Row) -> dict[int, dict[str, Any]]:

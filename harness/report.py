@@ -6,6 +6,7 @@ import argparse
 import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +250,14 @@ def _headlines(sets: Mapping[str, Sequence[Group]], link: str) -> str:
 
 
 def _groups(out: str | Path) -> list[Group]:
+    """The tables of these records, computed once: their rows keep what they have resampled."""
+    file = Path(out).expanduser() / store.FILE
+    state = file.stat() if file.is_file() else None
+    return _grouped(out, state and (state.st_mtime_ns, state.st_size, state.st_ino))
+
+
+@lru_cache(maxsize=1)
+def _grouped(out: str | Path, state: object) -> list[Group]:
     records = store.latest(store.load(out))
     if not records:
         raise UsageError(f"'{out}' has no records: measure something first with `python -m harness run --out {out}`.")

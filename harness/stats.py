@@ -149,17 +149,23 @@ def _ratio(
     partners = bool(baseline and candidate) and (not paired or len(baseline) == len(candidate))
     if not partners or not all(map(len, [*baseline, *candidate])):
         raise ValueError("a speed-up needs the same number of non-empty blocks on both sides.")
-    slow, fast = ([np.asarray(block, dtype=np.float64) for block in side] for side in (baseline, candidate))
+    slow, fast = (
+        np.concatenate([np.asarray(block, dtype=np.float64) for block in side]) for side in (baseline, candidate)
+    )
+    slow_sizes, fast_sizes = (np.array([len(block) for block in side]) for side in (baseline, candidate))
 
-    def median(blocks: list[np.ndarray], chosen: np.ndarray) -> float:
-        return float(np.median(np.concatenate([rng.choice(blocks[i], len(blocks[i])) for i in chosen])))
+    def median(samples: np.ndarray, sizes: np.ndarray, chosen: np.ndarray) -> float:
+        size = sizes[chosen].repeat(sizes[chosen])  # of the block that a sample is drawn from
+        first = (sizes.cumsum() - sizes)[chosen].repeat(sizes[chosen])
+        drawn = np.sort(samples[first + rng.integers(size)])
+        return float(drawn[(len(drawn) - 1) // 2] + drawn[len(drawn) // 2]) / 2
 
     def draw() -> float:
-        chosen = rng.integers(len(slow), size=len(slow))
-        other = chosen if paired else rng.integers(len(fast), size=len(fast))
-        return median(slow, chosen) / median(fast, other)
+        chosen = rng.integers(len(baseline), size=len(baseline))
+        other = chosen if paired else rng.integers(len(candidate), size=len(candidate))
+        return median(slow, slow_sizes, chosen) / median(fast, fast_sizes, other)
 
-    return float(np.median(np.concatenate(slow)) / np.median(np.concatenate(fast))), draw
+    return float(np.median(slow) / np.median(fast)), draw
 
 
 def verdict(ratio: tuple[float, float], practical: float = PRACTICAL) -> str:
@@ -194,7 +200,7 @@ def _resampled(delta: np.ndarray, weight: np.ndarray, resamples: int, rng: np.ra
     rows, even = max(1, BLOCK // len(delta)), bool((weight == 1).all())
     found = []
     for start in range(0, resamples, rows):
-        index = rng.integers(len(delta), size=(min(rows, resamples - start), len(delta)))
+        index = rng.integers(len(delta), size=(min(rows, resamples - start), len(delta)), dtype=np.uint32)
         shares = len(delta) if even else weight[index].sum(axis=1)
         found.append((delta[index] if even else delta[index] * weight[index]).sum(axis=1) / shares)
     return np.concatenate(found) if found else np.empty(0)

@@ -33,6 +33,14 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
         importlib.import_module(f"sparse_kernels.{module}")
     if previous is None:
         del os.environ["TRITON_INTERPRET"]
+    # Triton's interpreter replaces the functions of its language at every call of a device function, which takes longer
+    # than the functions. Once for all of them is enough: those of the language itself know it by its other name.
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    language = importlib.import_module("triton.language")
+    if hasattr(interpreter, "_LangPatchScope"):  # since Triton 3.7
+        for function in (importlib.import_module("sparse_kernels.blocks").activate.fn, language.sum.fn):
+            interpreter._patch_lang(function)
+        interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 

@@ -37,18 +37,21 @@ def llama(**changes: object) -> PreTrainedModel:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def opt() -> PreTrainedModel:
+def opt(**changes: object) -> PreTrainedModel:
     torch.manual_seed(0)
     config = OPTConfig(
-        hidden_size=64,
-        ffn_dim=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=256,
-        word_embed_proj_dim=64,
-        init_std=0.1,
-        dropout=0.0,
+        **{
+            "hidden_size": 64,
+            "ffn_dim": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 256,
+            "word_embed_proj_dim": 64,
+            "init_std": 0.1,
+            "dropout": 0.0,
+            **changes,
+        }
     )
     model = OPTForCausalLM(config)
     for name, parameter in model.named_parameters():

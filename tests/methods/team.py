@@ -1,11 +1,13 @@
-"""Run by torchrun in several processes on the CPU: fine-tunes a student, is interrupted, and leaves a checkpoint.
+"""Two processes on the CPU, as torchrun starts them, fine-tune a student, are interrupted, and leave a checkpoint.
 
-Arguments: the folder, and "ddp" or "fsdp". accelerate itself offers FSDP on accelerators only; torch has it on CPUs.
+Argument: a folder, where the folders "ddp" and "fsdp" are. accelerate itself offers FSDP on accelerators only; torch
+has it on CPUs.
 """
 
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from pathlib import Path
 
@@ -38,9 +40,11 @@ def tuned(folder: Path | None, stop: int | None = None) -> tuple[Student, list[f
     return model, model.train(loss, STEPS, "test", place)
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    if sys.argv[2] == "fsdp":
+def work(rank: int, port: int, out: Path) -> None:
+    """What one process does."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    if out.name == "fsdp":
         os.environ |= {
             "ACCELERATE_USE_FSDP": "true",
             "FSDP_VERSION": "2",
@@ -50,8 +54,7 @@ if __name__ == "__main__":
 
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    assert training.accelerator().num_processes == 2 and training.sharded() == (sys.argv[2] == "fsdp")
-    out = Path(sys.argv[1])
+    assert training.accelerator().num_processes == 2 and training.sharded() == (out.name == "fsdp")
     try:
         tuned(out, 3)
     except KeyboardInterrupt:
@@ -59,3 +62,13 @@ if __name__ == "__main__":
     found, losses = tuned(None)
     assert training.agreed(float(training.accelerator().process_index)) == 0.0
     save_file(found.state() | {"losses": torch.tensor(losses)}, out / f"rank{training.accelerator().process_index}")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for kind in ("ddp", "fsdp"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        # Forked: most of the time of a process of its own would go into imports.
+        torch.multiprocessing.start_processes(work, (port, Path(sys.argv[1]) / kind), nprocs=2, start_method="fork")
