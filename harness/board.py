@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,10 +102,9 @@ def sections(sets: Mapping[str, Iterable[Group]]) -> list[Section]:
     return [Section(title, groups) for title, groups in found.items()]
 
 
-def page(sets: Mapping[str, Iterable[Group]]) -> str:
-    """The leaderboard as Markdown, the same text for the same records."""
+def page(found: Sequence[Section]) -> str:
+    """The leaderboard of these sections as Markdown, the same text for the same records."""
     parts = ["# Leaderboard", HOW_TO_READ]
-    found = sections(sets)
     for section in found:
         parts += [f"## {section.title}", *_section(section)]
     methods = sorted({row.method for section in found for table in section.groups for row in table.rows})
@@ -113,14 +112,14 @@ def page(sets: Mapping[str, Iterable[Group]]) -> str:
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
 
 
-def excerpt(sets: Mapping[str, Iterable[Group]], link: str) -> str:
+def excerpt(found: Sequence[Section], link: str) -> str:
     """One table per kind of GPU, for a README: every method's speed-up on every model and in every decode setting.
 
     Of a method stands its fastest cell within the widest budget; where none is, the one that loses least, and with
     random weights the one nearest to half density. `link` leads from there to the folder of the sets.
     """
     places: dict[str, list[Group]] = {}
-    for section in sections(sets):
+    for section in found:
         for table in section.groups:
             if not table.on_cpu and any(row.speedup for row in table.rows):
                 places.setdefault(place_of(table.rows[0].record), []).append(table)

@@ -215,9 +215,10 @@ def _texts(out: str | Path, readme: str | Path | None) -> dict[Path, str]:
     folder = Path(out).expanduser()
     if board.is_collection(folder):
         sets = board.sets(folder)
-        texts = {folder / PAGE: board.page(sets), folder / claims.PAGE: claims.page(claims.load(), sets)}
+        sections = board.sections(sets)
+        texts = {folder / PAGE: board.page(sections), folder / claims.PAGE: claims.page(claims.load(), sets)}
         if readme is not None:
-            texts |= _between(readme, BOARD, lambda base: _headlines(sets, _link(folder, base)))
+            texts |= _between(readme, BOARD, lambda base: _headlines(sections, sets, _link(folder, base)))
         return texts
     groups = _groups(out)
     texts = {folder / PAGE: page(groups)}
@@ -241,12 +242,11 @@ def _link(target: Path, base: Path) -> str:
     return Path(os.path.relpath(target, base)).as_posix()
 
 
-def _headlines(sets: Mapping[str, Sequence[Group]], link: str) -> str:
+def _headlines(sections: Sequence[board.Section], sets: Mapping[str, Sequence[Group]], link: str) -> str:
     """The merged leaderboard and the claims in short, for a README."""
     verdicts = claims.summary([claims.judge(claim, sets) for claim in claims.load()])
-    return (
-        f"{board.excerpt(sets, link)} What the papers claim, beside these records: [{verdicts}]({link}/{claims.PAGE})."
-    )
+    table = board.excerpt(sections, link)
+    return f"{table} What the papers claim, beside these records: [{verdicts}]({link}/{claims.PAGE})."
 
 
 def _groups(out: str | Path) -> list[Group]:

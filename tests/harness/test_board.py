@@ -21,7 +21,7 @@ def on(gpu: str | None, found: dict[str, Any], **machine: Any) -> dict[str, Any]
 def merged(tmp_path: Path, **sets: list[dict[str, Any]]) -> str:
     for name, records in sets.items():
         write(tmp_path / name, records)
-    return board.page(board.sets(tmp_path))
+    return board.page(board.sections(board.sets(tmp_path)))
 
 
 def table(text: str) -> list[list[str]]:

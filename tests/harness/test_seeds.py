@@ -107,7 +107,7 @@ def test_seeds_of_several_sets_meet_in_the_merged_page(tmp_path: Path) -> None:
     assert len(store.load(tmp_path / "run0")) == 2
     (section,) = board.sections(board.sets(tmp_path))
     assert [row.seeds for row in section.groups[0].rows] == [[0, 1, 2], [0, 1, 2]]
-    text = board.page(board.sets(tmp_path))
+    text = board.page(board.sections(board.sets(tmp_path)))
     assert "seeds 0, 1, 2" in text
 
 

@@ -145,7 +145,7 @@ def compile_linear() -> None:
                 through(x, down, "threshold", [4096], side=h, side_up=qkv[:, :4096], **gated)
             parts, _ = through(wide[:, :11008], down, "list", [4096], index, index[:1], 32, threshold=limits[:1])
             linear.combine(parts, norm, h, True, dtype)
-            linear.dense(wide, down[:, :16], [16], **gated)
+            linear.dense(wide, down[:, :16], [16], None, **gated)
     h = torch.empty(1, 4096)
     layer = dict(norm="layer", eps=1e-5, norm_weight=h[0], norm_bias=h[0], center=h[0], stats=linear.row_stats(h))
     linear_row.listed(h, torch.empty(4096, 12288), "threshold", [12288], threshold=limits[:1], **layer)
