@@ -19,7 +19,7 @@ from methods.shared.heads import group_norms, head_norms
 from methods.shared.predictors import Judgement, equal_recall, weighted_loss
 from sparse_kernels.selectors import BatchRouter, Tap
 from tests.methods.models import MODELS, data, llama, opt, windows
-from tests.methods.test_runtime import decode, other
+from tests.methods.test_runtime import built, decode
 
 QUICK = "polar:windows=16:epochs=1"
 SIX = dict(num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=4)
@@ -33,7 +33,7 @@ def prepared(model, spec=QUICK, density=0.5):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_lists_of_the_runtime_are_the_masks(kind, batch):
     """What is timed is what is evaluated: every sequence attends with its own groups."""
-    model = MODELS[kind]() if kind in MODELS else other(kind)
+    model = built(kind)
     artifact, prompt = create("polar", {"ffn": "dense"}).synthesize(model, 0.5, windows(2)), windows(batch, 9)
     with sparsify(model, artifact) as handle:
         wanted, _ = decode(model, prompt, 6, handle)
