@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -249,8 +248,10 @@ def github(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
     cells = [[text.replace("|", "\\|").replace("\n", " ") for text in line] for line in body]
     table: str = tabulate(cells, list(titles), tablefmt="github", disable_numparse=True)
+    if table.find("\n") <= WIDE:
+        return table
     # Padding serves who reads the text: not in lines that no screen holds, where it is half of the file.
-    return table if table.find("\n") <= WIDE else re.sub(" {2,}", " ", re.sub("-{4,}", "---", table))
+    return "\n".join(f"| {' | '.join(line)} |" for line in ([*titles], ["---"] * len(titles), *cells))
 
 
 def grid_table(grid: Grid) -> str:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from . import ACTIVATIONS, gated_ffn, input_linear, router_scores, statistical_top_k
-from .expert_ffn.launch import crossover
 from .layers import Meter, Phase, SparseLayer
 from .selection.naive import statistical_threshold
 
@@ -109,7 +108,7 @@ class GateFirstFFN(SparseLayer):
         """rows [B, d]; reads the first matrix and what any row needs of the others."""
         self.materialize()
         left, right = self.inputs(rows)
-        crowded = self.crowded(len(rows), crossover(len(rows)))
+        crowded = self.crowded(len(rows))
         if crowded and self.score != "output":
             u, activation = self.first(rows), self.activation
         elif self.score == "output":

@@ -159,9 +159,13 @@ class SparseLayer(nn.Module, ABC):
         rows = x.numel() // x.shape[-1]
         return x.is_cuda and self.phase.active is True and rows <= FAST_ROWS and not self.meter.enabled
 
-    def crowded(self, rows: int, crossover: float) -> bool:
-        """Whether so many rows are expected to need more than this share of the units between them."""
-        return rows > 1 and self.density is not None and union(self.density, rows) > crossover
+    def together(self, rows: int) -> float:
+        """The share of the units that so many rows are expected to need between them; 0 where nobody knows."""
+        return 0.0 if self.density is None else union(self.density, rows)
+
+    def crowded(self, rows: int) -> bool:
+        """Whether so many rows need so many units between them that dense products are faster."""
+        return rows > 1 and self.together(rows) > crossover(rows)
 
     def dense(self, x: Tensor) -> None:
         """Reports to the meter that x [..., d] is computed with all units."""
@@ -330,16 +334,16 @@ class ExpertFFN(SparseLayer):
         y = self.down(((h - self.mean.view(self.units, -1)) * keep).flatten(-2))
         return y if self.shift is None else y + self.shift
 
+    def together(self, rows: int) -> float:
+        assert self.selector is not None
+        return self.selector.expected(rows) if self.selector.shared else super().together(rows)
+
     def _skip(self, rows: Tensor, selector: Selector) -> Tensor:
         """rows [B, d]; reads the experts that any of them needs."""
         self.materialize()
         if len(rows) == 1:
             return self._listed(rows, *self._own(rows, selector))
-        if selector.shared:
-            crowded = selector.expected(len(rows)) > crossover(len(rows))
-        else:
-            crowded = self.crowded(len(rows), crossover(len(rows)))
-        if crowded:
+        if self.crowded(len(rows)):
             self.count = None  # every row as it chose, of a product that reads everything
             score, limit = selector.choices(rows)
             first, second = (self.up(rows), None) if self.gate is None else (self.gate(rows), self.up(rows))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_kernels.blocks import activate, begin, load_rows
 from sparse_kernels.launch import Launch, Rows, interpreting, multiprocessors, padded_batch, pick, power_of_2, run
-from sparse_kernels.neuron_ffn.launch import HIDDEN, LAUNCH, MANY, fused_launch
+from sparse_kernels.neuron_ffn.launch import LAUNCH, fused_launch, hidden_launch
 
 
 @triton.jit
@@ -262,7 +262,7 @@ def neuron_hidden(
     config: Launch | None = None,
 ) -> Tensor:
     (batch, width), neurons = x.shape, up.shape[0]
-    config = config or pick(HIDDEN, x.device)[padded_batch(batch), neurons > MANY]
+    config = config or hidden_launch(padded_batch(batch), neurons, x.device)
     h = torch.empty(batch, neurons, dtype=dtype or x.dtype, device=x.device)
     programs = min(config.programs * multiprocessors(x.device), triton.cdiv(neurons, config.rows))
     run(

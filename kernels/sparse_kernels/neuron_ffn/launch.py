@@ -21,21 +21,29 @@ LAUNCH: dict[int, dict[tuple[str, int], Rows]] = {
         ("survivors", 1): Rows(rows=2, warps=8, stages=4, programs=2),
     }
 }
-# Keyed by the batch padded to what the matrix units take, and by whether neurons are many: a program takes as long for
-# one neuron as for `rows` of them, so that all that a batch is likely to list should be with some program at once.
-HIDDEN: dict[int, dict[tuple[int, bool], Launch]] = {
+# Keyed by the batch padded to what the matrix units take, and by the neurons from which on the launch serves: a program
+# takes as long for one neuron as for `rows` of them, so that all that a batch is likely to list should be with some
+# program at once.
+HIDDEN: dict[int, dict[int, dict[int, Launch]]] = {
     90: {
-        (1, False): Launch(rows=4, columns=1024, warps=4, stages=2, programs=4),
-        (1, True): Launch(rows=4, columns=1024, warps=4, stages=2, programs=4),
-        (16, False): Launch(rows=32, columns=256, warps=4, stages=3, programs=2),
-        (16, True): Launch(rows=64, columns=128, warps=4, stages=3, programs=2),
-        (32, False): Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
-        (32, True): Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
-        (64, False): Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
-        (64, True): Launch(rows=64, columns=128, warps=4, stages=3, programs=2),
+        1: {0: Launch(rows=4, columns=1024, warps=4, stages=2, programs=4)},
+        16: {
+            12288: Launch(rows=64, columns=128, warps=4, stages=3, programs=2),
+            0: Launch(rows=32, columns=256, warps=4, stages=3, programs=2),
+        },
+        32: {0: Launch(rows=32, columns=128, warps=4, stages=4, programs=2)},
+        64: {
+            12288: Launch(rows=64, columns=128, warps=4, stages=3, programs=2),
+            0: Launch(rows=32, columns=128, warps=4, stages=4, programs=2),
+        },
     }
 }
-MANY = 12288
+
+
+def hidden_launch(batch: int, neurons: int, device: torch.device) -> Launch:
+    """How the hidden layer of so many neurons is launched for a padded batch."""
+    table = pick(HIDDEN, device)[batch]
+    return next(launch for least, launch in table.items() if neurons >= least)
 
 
 def takes_rows(x: torch.Tensor, down_t: torch.Tensor) -> bool:
