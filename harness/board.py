@@ -69,7 +69,8 @@ def sets(folder: str | Path) -> dict[str, list[Group]]:
     for place in _folders(Path(folder).expanduser()):
         found[place.name] = group(store.latest(store.load(place)))
         for row in (row for table in found[place.name] for row in table.rows):
-            row.source = place.name
+            for one in (row, *row.repeats):  # tables of several sets join the seeds again
+                one.source = place.name
     if not found:
         raise UsageError(
             f"'{folder}' has no result sets: measure one with `python -m harness run --out {folder}/NAME`."
