@@ -111,6 +111,12 @@ def test_seeds_of_several_sets_meet_in_the_merged_page(tmp_path: Path) -> None:
     assert "seeds 0, 1, 2" in text
 
 
+def test_rows_that_join_the_seeds_of_one_set_link_its_records(tmp_path: Path) -> None:
+    write(tmp_path / "only", three())
+    text = board.page(board.sections(board.sets(tmp_path)))
+    assert "[only](only/records.jsonl)" in text and "[](" not in text
+
+
 def test_a_shipped_artifact_stands_for_its_own_seed_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from harness import artifacts, models
     from harness.corpus import load_corpus
