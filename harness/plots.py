@@ -17,7 +17,7 @@ from .rows import Group, Row
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
 MARKERS = "osD^vPX"
 FRONT, NULL = "#bbbbbb", "#777777"
-CROWDED = 9  # variants above which a panel shows each method's best alone
+CROWDED = 9  # variants above which a panel shows each method's best alone, or a method has panels of its own
 DENSITY = "realised density of the blocks' linear weights"
 
 Value = Callable[[Row], "float | None"]
@@ -125,7 +125,8 @@ def _density(row: Row) -> float:
 
 
 def _with_profiles(groups: Sequence[Group]) -> list[tuple[Group, list[Row]]]:
-    """Of each method and options the cell whose FFNs are nearest to half dense, if it says how its tokens differ."""
+    """Of each method and options the cell whose FFNs are nearest to half dense, if it says how its tokens differ; a
+    part per method where variants are many."""
     found = []
     for group in groups:
         rows: dict[tuple[str, str], Row] = {}
@@ -133,8 +134,9 @@ def _with_profiles(groups: Sequence[Group]) -> list[tuple[Group, list[Row]]]:
             if "spread" in row.ffn and row.ffn["mean"] < 1:
                 key = row.method, row.options
                 rows[key] = min(rows.get(key, row), row, key=lambda r: abs(r.ffn["mean"] - 0.5))
-        if rows:
-            found.append((group, list(rows.values())))
+        names = dict.fromkeys(method for method, _ in rows) if len(rows) > CROWDED else [None]
+        lines = [[row for row in rows.values() if name in (None, row.method)] for name in names]
+        found += [(group, line) for line in lines if line]
     return found
 
 
@@ -183,17 +185,17 @@ def _curves(parts: list[tuple[Group, str]]) -> Any:
     nothing: dense, and dense fine-tuned on the same text, which is the fair baseline of what is fine-tuned."""
     from matplotlib import pyplot as plt
 
-    columns = min(3, len(parts))
+    columns = min(2, len(parts))
     lines = -(-len(parts) // columns)
     panel = Panel("perplexity ÷ dense (log)", _perplexity, larger=False, log=True, x=_density, x_label=DENSITY)
-    size = (4.4 * columns, 3.7 * lines)
+    size = (6.6 * columns, 3.7 * lines)  # a third of it for the legend
     figure, axes = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat[len(parts) :]:
         axis.set_visible(False)
     for axis, (group, method) in zip(axes.flat, parts, strict=False):
         own = [row for row in group.rows if row.method == method or row.density is None]
         _draw(axis, own, panel, _within, group.rows, _styles({_within(row) for row in own if not row.is_baseline}))
-        axis.legend(fontsize=7, frameon=False)
+        axis.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
         axis.set_title(f"{method}: {group.setting['model']}, {group.setting['mode']}", loc="left", fontsize=8.5)
     return figure
 
