@@ -25,6 +25,15 @@ LAUNCH: dict[int, dict[tuple[int, bool], Launch]] = {
 }
 
 
+REGISTERS = 65536  # of a multiprocessor
+
+
+def beside(config: Launch) -> int:
+    """Registers of a thread, so that all programs of a kernel fit on the multiprocessors beside those of the kernel
+    before: of a kernel that starts early, the rest would crowd where the first of them finish."""
+    return min(255, REGISTERS // (2 * config.programs * 32 * config.warps))
+
+
 class Masked(NamedTuple):
     """How the kernel without a list is launched, and where.
 

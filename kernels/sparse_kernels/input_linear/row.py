@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_kernels.blocks import begin, load_rows
-from sparse_kernels.input_linear.launch import ROWS, Masked, grid_for, masked_grid, share
+from sparse_kernels.input_linear.launch import ROWS, Masked, beside, grid_for, masked_grid, share
 from sparse_kernels.input_linear.vector import (
     columns_of,
     constants,
@@ -225,8 +225,7 @@ def listed(
         stride_side=0 if side_up is None else side_up.stride(0), SELECT=select, GROUP=group, SEGMENTS=segments,
         LIMIT=threshold is not None, ALIGNED=all(w % 16 == 0 for w in widths), SIDE=side is not None, SLICE=slice_,
         ROWS=config.rows, COLUMNS=columns, STAGES=config.stages, num_warps=config.warps,
-        pdl=False,  # early programs would crowd on the multiprocessors that free up first
-        **prepared(x, 1, **vector), **selecting(threshold, invert),
+        maxnreg=beside(config), **prepared(x, 1, **vector), **selecting(threshold, invert),
     )  # fmt: skip
     return partial, counts
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_kernels.blocks import activate, begin
 from sparse_kernels.launch import depth, interpreting, padded_batch, pick, power_of_2, run
-from sparse_kernels.selection.launch import LAUNCH, MANY, SCORE, Scan, Score
+from sparse_kernels.selection.launch import FEW, LAUNCH, MANY, SCORE, Scan, Score
 
 RECOUNT = 16384  # earlier channels that a program counts per step
 
@@ -262,7 +262,11 @@ def score_kernel(
     BIAS: tl.constexpr, NORMALIZE: tl.constexpr, ACTIVATION: tl.constexpr, BATCH: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, WHOLE: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """score[b, e] = act(x[b] . weight[e] + bias[e]) for ROWS experts a program."""
+    """score[b, e] = act(x[b] . weight[e] + bias[e]) for ROWS experts a program.
+
+    A few rows are multiplied without matrix units, whose tiles would be taken one after another: a program needs many.
+    """
+    UNITS: tl.constexpr = BATCH >= 16
     b = tl.arange(0, BATCH)
     e = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
@@ -279,6 +283,8 @@ def score_kernel(
         squares = tl.sum(v * v)
     else:
         logit = tl.zeros([BATCH, ROWS], tl.float32)
+        if not UNITS:
+            parts = tl.zeros([BATCH, ROWS, COLUMNS], tl.float32)
         squares = tl.zeros([BATCH, 1], tl.float32)
         for first in tl.range(0, D, COLUMNS, num_stages=STAGES):
             d = first + column
@@ -289,14 +295,16 @@ def score_kernel(
                 x + b.to(tl.int64)[:, None] * stride_x + d[None, :], mask=(b < B)[:, None] & (d < D)[None, :],
                 other=0.0, eviction_policy="evict_last",
             )  # fmt: skip
-            if BATCH == 1:
-                logit += tl.sum(w.to(tl.float32) * v.to(tl.float32), 1)[None, :]
+            if not UNITS:
+                parts += w.to(tl.float32)[None, :, :] * v.to(tl.float32)[:, None, :]
             elif UPCAST:
                 logit = tl.dot(v.to(tl.float32), tl.trans(w.to(tl.float32)), logit, input_precision="ieee")
             else:
                 logit = tl.dot(v, tl.trans(w), logit, input_precision="ieee")
             if NORMALIZE:
                 squares += tl.sum(v.to(tl.float32) * v.to(tl.float32), 1)[:, None]
+        if not UNITS:
+            logit = tl.sum(parts, 2)
     if NORMALIZE:
         logit /= tl.maximum(tl.sqrt(squares), 1e-12)
     if BIAS:
@@ -417,10 +425,12 @@ def scores(
     config: Score | None = None,
 ) -> Tensor:
     (batch, width), experts = x.shape, weight.shape[0]
-    config = config or pick(SCORE, x.device)[padded_batch(batch), experts > MANY]
+    many = experts > MANY
+    few = batch <= FEW and (batch == 1 or not many)
+    padded = power_of_2(batch) if few else padded_batch(batch)
+    config = config or pick(SCORE, x.device)[min(batch, 2) if few else padded, many]
     columns = min(config.columns, max(16, power_of_2(width)))
-    rows = max(1 if batch == 1 else 16, min(config.elements // columns, power_of_2(experts)))
-    padded = padded_batch(batch)
+    rows = max(1 if few else 16, min(config.elements // columns, power_of_2(experts)))
     held = x.element_size() * columns * (padded + rows)
     score = torch.empty(batch, experts, dtype=x.dtype if narrow else torch.float32, device=x.device)
     run(

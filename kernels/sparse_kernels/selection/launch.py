@@ -48,12 +48,13 @@ LAUNCH = {
     }
 }
 
-# Keyed by the batch padded to what the matrix units take (`padded_batch`) and by whether experts are many: few do not
-# fill the GPU, so that a program is better off with more columns of fewer experts.
+# Keyed by the batch padded to what the matrix units take (`padded_batch`; 1, and 2 for few rows, without them) and by
+# whether experts are many: few do not fill the GPU, so that a program is better off with more columns of fewer experts.
 SCORE = {
     90: {
         (1, False): Score(elements=16384, columns=16384, warps=8, stages=1),
         (1, True): Score(elements=16384, columns=16384, warps=8, stages=1),
+        (2, False): Score(elements=2048, columns=512, warps=4, stages=3),
         (16, False): Score(elements=8192, columns=512, warps=4, stages=3),
         (16, True): Score(elements=4096, columns=128, warps=4, stages=3),
         (32, False): Score(elements=8192, columns=512, warps=4, stages=3),
@@ -63,3 +64,7 @@ SCORE = {
     }
 }
 MANY = 2048  # experts
+# Rows up to which scores of not so many experts are multiplied without matrix units: 344 experts of width 4096, 2, 4
+# and 8 rows 3.8, 4.3 and 4.5 us, 7.2 with them; 1024 experts 4.8, 5.4, 6.3 and 7.0; 16 rows of 344 11.4 and 7.1; two
+# rows of 11008 experts of width 1024 10.3 and 7.7.
+FEW = 8
