@@ -16,6 +16,7 @@ from .case import BATCHES, DENSITIES, Case, Copy, Draw, Shape, double
 
 BATCHED = "llama2-7b"  # the shapes that are also timed in batches, and in both forms
 STORED = "stored by output"  # weights that are read whole, as a dense model has them
+PARTS = "float32 partials"  # left for the next kernel to add, as inside a step
 
 
 def cases(shape: Shape) -> Iterator[Case]:
@@ -27,6 +28,7 @@ def cases(shape: Shape) -> Iterator[Case]:
         ("threshold_linear", "auto", plain),
         *(("threshold_linear", form, settings) for form, settings in forms.items()),
         ("threshold_linear", STORED, [(1, 1.0, f", {STORED}")]),
+        ("threshold_linear", PARTS, [] if shape.biased else [(1, density, f", {PARTS}") for density in DENSITIES]),
     ):
         for batch, density, note in settings:
             for name in shape.linears():
@@ -48,8 +50,9 @@ def _build(select: str | None, shape: Shape, name: str, batch: int, density: flo
     def run() -> Tensor:
         if select is None:
             return input_linear(x, weight_t, index, count, threshold if batch > 1 else None, bias)
-        form = "auto" if select == STORED else select
-        return threshold_linear(x, weight_t, limits, widths, select=form, bias=bias, density=density)[0]
+        form = "auto" if select in (STORED, PARTS) else select
+        parts = select == PARTS
+        return threshold_linear(x, weight_t, limits, widths, select=form, bias=bias, density=density, partial=parts)[0]
 
     def reference() -> Tensor:
         return naive.input_linear(x.double(), weight_t.double(), index, count, threshold, double(bias))
@@ -57,6 +60,7 @@ def _build(select: str | None, shape: Shape, name: str, batch: int, density: flo
     kept = int(count)
     return Copy(
         run=run,
+        result=lambda y: y.sum(0) if select == PARTS else y,
         reference=reference,
         bytes=round(linear_bytes(kept, outputs, weight.element_size())),
         density=kept / channels,
