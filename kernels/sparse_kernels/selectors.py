@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import linear_router, low_rank_predictor, router_scores, statistical_top_k, to_mask, top_k, union_lists
+from . import linear_router, low_rank_predictor, router_scores, statistical_top_k, top_k, top_mask, union
 from .expert_ffn.launch import crossover
 from .selection import naive
 
@@ -163,16 +163,15 @@ class Router(Selector):
 
     def choices(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.rule == "top-k":
-            return to_mask(*self.lists(rows), self.units), None
+            return top_mask(self._scores(self.heard(rows)), self.k), None
         return (self._scores(self.heard(rows)), self.threshold) if self.rule == "threshold" else super().choices(rows)
 
     def select(self, rows: Tensor) -> Selected:
         rows = self.heard(rows)
         if self.rule == "top-k":
             score = self._scores(rows)
-            index, count = top_k(score, self.k)
-            score = score.masked_fill(~to_mask(index, count, self.units), -torch.inf)
-            return score, self.everything, *union_lists(index, count, self.units)
+            keep = top_mask(score, self.k)
+            return torch.where(keep, score, -torch.inf), self.everything, *union(keep)
         if self.rule == "statistical":
             score = self._scores(rows)
             _, limit, index, count = statistical_top_k(score, self.multiplier, soft=False)
