@@ -103,6 +103,11 @@ def densities(handle: SparseModel, shape: Shape, unions: bool = False) -> dict[t
     return found
 
 
+def overhead(handle: SparseModel, rows: int) -> int:
+    """Router parameters that a step of so many sequences reads: none where a layer runs everything unasked."""
+    return sum(layer.overhead for layer in handle.layers() if not layer.idle(rows))
+
+
 def complete(handle: SparseModel, shape: Shape) -> dict[tuple[int, str], float]:
     """Density of every linear layer at dense positions: 1, unless what stands for it has fewer or more weights."""
     found = dense_layers(shape)
@@ -235,11 +240,14 @@ def record(
     """
     tokens = densities(handle, shape)
     layers = handle.layers()
-    union = densities(handle, shape, unions=True) if batch > 1 and stepped else tokens
-    overhead = sum(layer.overhead for layer in layers)
+    steps = batch if stepped else 1
+    union = densities(handle, shape, unions=True) if steps > 1 else tokens
+    shared = {(layer.layer, name) for layer in layers if layer.shared for name in layer.linears()}
+    ran = {key: union[key] if key in shared else density for key, density in tokens.items()}
+    alone = overhead(handle, 1)
     cost = {
-        "decode": asdict(decode_cost(shape, tokens, union, overhead, context, batch)),
-        "prefill": asdict(prefill_cost(shape, tokens, overhead, context, handle.fraction, complete(handle, shape))),
+        "decode": asdict(decode_cost(shape, ran, union, overhead(handle, steps), context, batch)),
+        "prefill": asdict(prefill_cost(shape, tokens, alone, context, handle.fraction, complete(handle, shape))),
     }
     if not layers:
         return cost, None

@@ -211,7 +211,7 @@ class Session:
     def _timed_step(self, handle: SparseModel, cell: Cell) -> dict[str, Any]:
         """What the timed steps' own selections kept, and the bytes that one of these steps had to read for it."""
         found = cost.densities(handle, self.shape, unions=True)
-        overhead = sum(layer.overhead for layer in handle.layers())
+        overhead = cost.overhead(handle, cell.batch)
         spent = cost.decode_cost(self.shape, found, found, overhead, cell.context, cell.batch)
         return {
             "density": round(cost.model_density(self.shape, found), 5) if handle.layers() else None,

@@ -65,6 +65,7 @@ class Projection:
     def __init__(self, modules: list[nn.Module], share: bool, by_channel: bool = False) -> None:
         linears: list[Any] = [getattr(m, "linear", m) for m in modules]
         self.layers: list[Any] = [m if getattr(m, "threshold", None) is not None else None for m in modules]
+        self.heads = modules[0] if isinstance(modules[0], SelectiveHeads) else None
         for module in modules:
             if isinstance(module, SparseLinear):  # its own transposed copy would be a second one
                 module.release()
@@ -103,7 +104,8 @@ class Projection:
         """(output or its parts, stats); also leaves with each sparse layer how many channels it read."""
         options.setdefault("bias", None if options.get("partial") else self.bias)
         options["density"] = self.density
-        y, counts, stats = threshold_linear(x, self.weight_t, self.threshold, self.segments, **options)
+        threshold = self.threshold if self.heads is None else self.heads.limit(x.shape[-2])
+        y, counts, stats = threshold_linear(x, self.weight_t, threshold, self.segments, **options)
         for segment, layer in enumerate(self.layers):
             if layer is not None:
                 layer.count = counts[segment % len(counts)] if counts.numel() else None

@@ -21,6 +21,7 @@ from sparse_kernels.selection.op import (
     to_index,
     to_mask,
     top_k,
+    top_mask,
     union,
     union_lists,
 )
@@ -55,6 +56,7 @@ __all__ = [
     "to_mask",
     "token_attention",
     "top_k",
+    "top_mask",
     "union",
     "union_lists",
 ]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import threshold_linear
+from .input_linear.launch import CROSSOVER, union
 from .layers import Meter, Phase, SparseLayer
 from .selectors import Selector
 
@@ -65,6 +66,12 @@ class SelectiveHeads(SparseLayer):
     def fast(self, x: Tensor) -> bool:
         return self.selector is not None and self.selector.fast and super().fast(x)
 
+    def limit(self, rows: int) -> Tensor | None:
+        """The threshold by which channels are skipped; None where so many rows take a dense product: of the same
+        values, since what is left out is zero already."""
+        dense = rows > 1 and self.density is not None and union(self.density, rows) > CROSSOVER
+        return None if dense else self.threshold
+
     def lists(self, batch: int) -> tuple[Tensor, Tensor] | None:
         """The groups of every sequence, for `attention_decode`; None where all run, or an oracle must see all first."""
         if self.selector is None or not self.selector.fast:
@@ -91,6 +98,6 @@ class SelectiveHeads(SparseLayer):
         self.materialize()
         rows = kept.reshape(-1, x.shape[-1])
         options: Any = dict(bias=self.linear.bias, density=self.density)
-        y, counts, _ = threshold_linear(rows, self.weight_t, self.threshold, **options)
+        y, counts, _ = threshold_linear(rows, self.weight_t, self.limit(len(rows)), **options)
         self.count = counts if counts.numel() else None
         return y.view(*x.shape[:-1], -1)

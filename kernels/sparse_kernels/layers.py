@@ -112,6 +112,7 @@ class SparseLayer(nn.Module, ABC):
     site: the name under which density is reported; units: how many units a selection chooses from;
     linears: the matrices whose cost is proportional to density; overhead: parameters always read (a router);
     attends: whether a token's attention, and what it reads of the cache, is proportional to its density too.
+    shared: whether all rows of a step run what any of them is given.
     count: int32 on the device, whose sum tells `read` what the last fast pass read; None if that was everything.
     density: the share of its units that a token is expected to keep, if known; a batch that needs most of them between
     its rows is better multiplied densely.
@@ -159,13 +160,17 @@ class SparseLayer(nn.Module, ABC):
         rows = x.numel() // x.shape[-1]
         return x.is_cuda and self.phase.active is True and rows <= FAST_ROWS and not self.meter.enabled
 
-    def together(self, rows: int) -> float:
-        """The share of the units that so many rows are expected to need between them; 0 where nobody knows."""
-        return 0.0 if self.density is None else union(self.density, rows)
+    @property
+    def shared(self) -> bool:
+        return False
+
+    def idle(self, rows: int) -> bool:
+        """Whether so many rows run everything, without a selection and its overhead."""
+        return False
 
     def crowded(self, rows: int) -> bool:
-        """Whether so many rows need so many units between them that dense products are faster."""
-        return rows > 1 and self.together(rows) > crossover(rows)
+        """Whether so many rows are expected to need so many units between them that dense products are faster."""
+        return rows > 1 and self.density is not None and union(self.density, rows) > crossover(rows)
 
     def dense(self, x: Tensor) -> None:
         """Reports to the meter that x [..., d] is computed with all units."""
@@ -302,6 +307,13 @@ class ExpertFFN(SparseLayer):
                 weighted = self.down_t.float() * self.mean.float()[:, None]
                 self.mean_output = weighted.unflatten(0, (self.units, -1)).sum(1).to(self.down_t)
 
+    @property
+    def shared(self) -> bool:
+        return self.selector is not None and self.selector.shared
+
+    def idle(self, rows: int) -> bool:
+        return self.selector is not None and self.selector.idle(rows)
+
     def fast(self, x: Tensor) -> bool:
         return self.selector is not None and self.selector.fast and super().fast(x)
 
@@ -320,7 +332,7 @@ class ExpertFFN(SparseLayer):
         if self.phase.active is False:  # nothing is counted, nor what a sparse pass counted forgotten
             return self.down(self.hidden(x).flatten(-2))
         fast = self.fast(x)
-        if self.selector is None or (fast and self.selector.idle(x.numel() // x.shape[-1])):
+        if self.selector is None or (fast and self.idle(x.numel() // x.shape[-1])):
             self.dense(x)
             return self.down(self.hidden(x).flatten(-2))
         if fast:
@@ -334,23 +346,20 @@ class ExpertFFN(SparseLayer):
         y = self.down(((h - self.mean.view(self.units, -1)) * keep).flatten(-2))
         return y if self.shift is None else y + self.shift
 
-    def together(self, rows: int) -> float:
-        assert self.selector is not None
-        return self.selector.expected(rows) if self.selector.shared else super().together(rows)
-
     def _skip(self, rows: Tensor, selector: Selector) -> Tensor:
         """rows [B, d]; reads the experts that any of them needs."""
         self.materialize()
         if len(rows) == 1:
             return self._listed(rows, *self._own(rows, selector))
+        if selector.shared:
+            _, _, index, self.count = selector.select(rows)
+            return self._listed(rows, index, self.count)
         if self.crowded(len(rows)):
             self.count = None  # every row as it chose, of a product that reads everything
             score, limit = selector.choices(rows)
             first, second = (self.up(rows), None) if self.gate is None else (self.gate(rows), self.up(rows))
             return self.down(glu(first, second, self.activation, score=score, limit=limit, other=self.mean))
         score, threshold, index, self.count = selector.select(rows)
-        if selector.shared:
-            return self._listed(rows, index, self.count)
         gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
         up, up_bias, act = self.up.weight, self.up.bias, self.activation
         h = expert_hidden(rows, gate, up, gate_bias, up_bias, score, threshold, index, self.count, act)
@@ -378,7 +387,7 @@ class ExpertFFN(SparseLayer):
         if not self.fast(rows) or not takes_rows(rows, self.down_t):
             return None
         assert self.selector is not None
-        if self.selector.idle(len(rows)):
+        if self.idle(len(rows)):
             return None
         return self._listed(rows, *self._own(rows, self.selector), partial=True)[:, None]
 

@@ -17,7 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import linear_router, low_rank_predictor, router_scores, statistical_top_k, to_mask, top_k, union_lists
+from . import linear_router, low_rank_predictor, router_scores, statistical_top_k, top_k, top_mask, union
+from .expert_ffn.launch import crossover
 from .selection import naive
 
 RULES = ("threshold", "relative", "top-k", "statistical")
@@ -103,12 +104,8 @@ class Selector(nn.Module, ABC):
         return self.select(rows)[:2]
 
     def idle(self, rows: int) -> bool:
-        """Whether a batch of this many rows is better served by all units."""
+        """Whether a batch of this many rows runs all units, for which nothing needs to be scored."""
         return False
-
-    def expected(self, rows: int) -> float:
-        """The share of the units that a batch of this many rows runs, where it is `shared`."""
-        raise NotImplementedError
 
     def lists(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Fast path for rows [B, d] that select for themselves: (index int32 [B, S], count int32 [B])."""
@@ -166,16 +163,15 @@ class Router(Selector):
 
     def choices(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.rule == "top-k":
-            return to_mask(*self.lists(rows), self.units), None
+            return top_mask(self._scores(self.heard(rows)), self.k), None
         return (self._scores(self.heard(rows)), self.threshold) if self.rule == "threshold" else super().choices(rows)
 
     def select(self, rows: Tensor) -> Selected:
         rows = self.heard(rows)
         if self.rule == "top-k":
             score = self._scores(rows)
-            index, count = top_k(score, self.k)
-            score = score.masked_fill(~to_mask(index, count, self.units), -torch.inf)
-            return score, self.everything, *union_lists(index, count, self.units)
+            keep = top_mask(score, self.k)
+            return torch.where(keep, score, -torch.inf), self.everything, *union(keep)
         if self.rule == "statistical":
             score = self._scores(rows)
             _, limit, index, count = statistical_top_k(score, self.multiplier, soft=False)
@@ -213,19 +209,18 @@ def batch_score(score: Tensor) -> Tensor:
 class BatchRouter(Router):
     """Chooses for a whole batch: as many units as its size takes, by the sum of what is positive of its scores.
 
-    ks: how many for batches of up to SIZES[i] rows, in that order; the last one holds for larger ones; all, where more
-    than DENSE of the units are asked for. A single row runs its ks[0] best, and so does every token of a text, as in
-    the published accuracies: the tap's value, [B, T, d], says whether this is a text. Source: Polar Sparsity (arXiv
-    2505.14884), layer-wise dynamic top-k.
+    ks: how many for batches of up to SIZES[i] rows, in that order; the last one holds for larger ones; all, where so
+    many are asked for that a dense FFN is faster (published: more than 0.8 of them; here, what `crossover` measured).
+    A single row runs its ks[0] best, and so does every token of a text, as in the published accuracies: the tap's
+    value, [B, T, d], says whether this is a text. Source: Polar Sparsity (arXiv 2505.14884), layer-wise dynamic top-k.
     """
 
     shared = True
     SIZES = (1, 2, 4, 8, 16, 32, 64)
-    DENSE = 0.8  # published: above this share of the units the batch is better served by all
 
     def __init__(self, layers: tuple[Tensor, ...], ks: list[int]) -> None:
         units = layers[-1].shape[0]
-        ks = [units if k > self.DENSE * units else k for k in ks]
+        ks = [units if k > crossover(size) * units else k for size, k in zip(self.SIZES, ks, strict=False)]
         super().__init__(layers, "top-k", k=ks[0])
         self.ks = ks
 
@@ -235,13 +230,6 @@ class BatchRouter(Router):
 
     def idle(self, rows: int) -> bool:
         return self.k_for(rows) == self.units
-
-    def expected(self, rows: int) -> float:
-        return self.k_for(rows) / self.units
-
-    def choices(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        _, _, index, count = self.select(rows)
-        return to_mask(index[None], count, self.units), None
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         assert self.tap is not None and self.tap.value is not None

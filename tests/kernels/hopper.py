@@ -163,6 +163,7 @@ def compile_selection(one: torch.Tensor) -> None:
             score = torch.empty(1, channels, dtype=dtype)
             for values in (score, score.float()):
                 selection.top_k(values, channels // 4)
+                selection.top_mask(values, channels // 4)
         for batch in (1, 4, 64):
             x, weight = torch.empty(batch, 4096, dtype=dtype), torch.empty(11008, 4096, dtype=dtype)
             selection.statistical_top_k(torch.empty(batch, 11008, dtype=dtype), 1.0, True, "identity", False)

@@ -110,19 +110,24 @@ def test_parts_and_the_constant_are_the_whole(device, kind, compensated, monkeyp
     assert layer.parts(x.repeat(2, 1)) is None  # rows of a batch do not share their neurons
 
 
-@pytest.mark.parametrize("k", [1, 2, 4])
-def test_a_batch_that_shares_its_units_runs_them_whatever_serves_it(device, k, monkeypatch):
+@pytest.mark.parametrize("rows, k, idle", [(5, 1, False), (5, 4, False), (5, 5, True), (20, 4, True), (40, 2, False)])
+def test_a_batch_that_shares_its_units_runs_them_or_all_and_asks_nobody(device, rows, k, idle, monkeypatch):
+    """Masks, kernels and meter agree on it: 20 rows that want 4 of 6 units are served faster by dense products."""
     torch.manual_seed(2)
     selector = BatchRouter((torch.randn(16, WIDTH), torch.randn(UNITS, 16)), [k] * 7).to(device)
-    layer, x = ffn(selector, device=device), torch.randn(5, WIDTH, device=device)
+    layer, x = ffn(selector, device=device), torch.randn(rows, WIDTH, device=device)
+    layer.density = 0.5  # of what a row is expected to need: nothing that rows with a common list are crowded by
     selector.tap = Tap()
     selector.tap.value = x
-    layer.materialize()
-    wanted = _reference(layer, x)
-    for share, count in ((1.0, k), (0.0, None)):  # by a list, and densely
-        monkeypatch.setattr("sparse_kernels.layers.crossover", lambda rows, share=share: share)
-        assert torch.allclose(layer._skip(x, selector), wanted, atol=1e-5)
-        assert (layer.count is None) if count is None else int(layer.count) == count
+    with layer.meter.on():
+        wanted = layer(x[:, None])[:, 0]
+    assert layer.shared and layer.idle(rows) == idle and int(layer.meter.unions["ffn", 0][0]) == (UNITS if idle else k)
+    monkeypatch.setattr(ExpertFFN, "fast", lambda self, x: True)
+    if idle:
+        selector.tap.value = None  # nobody listens
+        assert torch.allclose(wanted, layer.down(layer.hidden(x).flatten(-2)), atol=1e-5)
+    assert torch.allclose(layer(x), wanted, atol=1e-5)
+    assert (layer.count is None) if idle else int(layer.count) == k
 
 
 def test_a_dense_pass_between_leaves_the_count_of_the_sparse_one(device):

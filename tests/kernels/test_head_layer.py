@@ -97,6 +97,17 @@ def test_what_is_charged():
     assert int(layer.read) == 3
 
 
+def test_rows_that_keep_nearly_all_heads_between_them_are_not_searched_for_zeros(device, monkeypatch):
+    selector, x = router(), torch.randn(5, GROUPS * SIZE, device=device)
+    layer = heads(selector).to(device)
+    monkeypatch.setattr(SelectiveHeads, "fast", lambda self, x: True)
+    for rows, dense in ((1, False), (2, True), (5, True)):
+        selector.tap.value = torch.randn(rows, WIDTH, device=device)
+        assert (layer.limit(rows) is None) == dense
+        assert torch.allclose(layer(x[:rows]), layer.linear(layer.kept(x[:rows])), atol=1e-5)
+        assert (layer.read is None) == dense
+
+
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="do not divide"):
         SelectiveHeads(nn.Linear(10, 4), 4, None, 0, Phase(), Meter())

@@ -20,6 +20,7 @@ from sparse_kernels import (
     to_index,
     to_mask,
     top_k,
+    top_mask,
     union,
     union_lists,
 )
@@ -146,6 +147,7 @@ def test_top_k_equals_naive(device, dtype, batch, channels):
     for k in {0, 1, channels // 3, channels - 1, channels}:
         index, count = top_k(score, k)
         assert index.shape == (batch, k) and same((index, count), naive.top_k(score, k))
+        assert torch.equal(top_mask(score, k), naive.top_mask(score, k))
 
 
 @pytest.mark.parametrize("block", [512, 2048])
@@ -157,6 +159,7 @@ def test_top_k_takes_ties_from_the_left(kernel, device, block, dtype):
     score[2, ::2] = -0.0  # equal to the zeros between
     for k in (1, 500, 900):
         assert same(kernel.top_k(score, k, Scan(block, 4)), naive.top_k(score, k))
+        assert torch.equal(kernel.top_mask(score, k, Scan(block, 4)), naive.top_mask(score, k))
     assert kernel.top_k(score, 5, Scan(block, 4))[0][1].tolist() == list(range(5))
 
 
@@ -366,6 +369,7 @@ def test_top_experts_of_a_router_are_those_of_torch(device):
         (lambda: to_mask(torch.zeros(4).int(), torch.zeros(1).int(), 0), "size must be 1 to 65536"),
         (lambda: union_lists(torch.zeros(4).int(), torch.zeros(1).int(), 4), "lists"),
         (lambda: top_k(torch.randn(1, 4), 5), "k must be 0 to 4"),
+        (lambda: top_mask(torch.randn(1, 4), -1), "k must be 0 to 4"),
         (lambda: top_k(torch.ones(1, 4, dtype=torch.int64), 2), "float32, float16 or bfloat16"),
         (lambda: statistical_top_k(torch.randn(1, 4), float("nan")), "multiplier must be a number"),
         (lambda: statistical_top_k(torch.randn(4), 1.0), "shape"),
@@ -404,6 +408,7 @@ def test_selections_are_well_formed():
     opcheck(ops.union, (mask,))
     opcheck(ops.union_lists, (index, count, 64))
     opcheck(ops.top_k, (score, 5))
+    opcheck(ops.top_mask, (score, 5))
     opcheck(ops.statistical_top_k, (score, 1.5, True, "identity", False))
     opcheck(ops.statistical_top_k, (score, 0.5, False, "silu", True))
     opcheck(ops.near_best, (score.abs(), torch.tensor([0.5])))
@@ -423,6 +428,7 @@ def selector(x, weight, a, b):
         value,
         threshold,
         to_mask(index, count, 9),
+        top_mask(score, 3),
         *found[1:],
         *(low_rank_predictor(x, a, b, k=4, hidden="tanh", normalize=True)),
     )

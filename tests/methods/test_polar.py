@@ -175,6 +175,8 @@ def test_a_batch_is_ranked_by_what_is_positive():
     assert not router.idle(1) and not router.idle(2)
     most = BatchRouter((torch.eye(6),), [2, 4, 5])
     assert most.ks == [2, 4, 6] and not most.idle(2) and most.idle(4)  # 5 of 6 are more than 0.8
+    many = BatchRouter((torch.eye(6),), [2, 2, 2, 2, 2, 3, 3])
+    assert [many.idle(rows) for rows in (1, 16, 17, 32, 33, 64)] == [False] * 4 + [True] * 2  # and 3 than 0.45
     most.tap = Tap()
     most.tap.value = torch.randn(4, 6)
     assert most(torch.empty(4, 1, 6), torch.empty(0)).all()
@@ -258,6 +260,31 @@ def test_what_is_charged():
     assert decode_["bytes_kv"] == kv + 2 * kv // 2
     assert decode_["flops_dense"] - decode_["flops"] + 2 * router == 2 * 0.5 * (4 * 64 * 100 + 2 * 64 * 64)
     assert density["sites"]["heads"]["layers"] == [1.0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("active, whole", [(0.01, False), (0.2, True)])
+def test_a_batch_is_charged_what_its_steps_ran(active, whole):
+    """All of its rows run the same neurons, and the router costs something where it is asked."""
+    model, prompt = opt(), windows(17, 4)
+    shape = cost.Shape.of(model)
+    with sparsify(model, create("polar", {"active": active}).synthesize(model, 0.5, prompt)) as handle:
+        ffns = [layer for layer in handle.layers() if layer.site == "ffn"]
+        with handle.meter.on():
+            with handle.sparse():
+                model(input_ids=prompt)  # as quality is evaluated: every token with neurons of its own
+            decode(model, prompt, 3, handle)
+        spent = cost.record(handle, shape, 100, 17, True)[0]
+        unseen = cost.record(handle, shape, 100, 17)[0]["decode"]
+    heads = 4 * 64 + 4  # one block, heads x width and a bias
+    neurons = 2 * (16 * 64 + 128 * 16)  # two blocks
+    assert all(layer.idle(17) == whole and not layer.idle(1) for layer in ffns)
+    assert spent["decode"]["flops_overhead"] == 2 * (heads + (0 if whole else neurons))
+    assert unseen["flops_overhead"] == 2 * (heads + neurons)  # of single tokens
+    share = ffns[0].selector.k_for(17) / 128
+    assert (share == 1) == whole
+    saved = (1 - share) * 2 * 2 * 64 * 128 * 2 + 0.5 * (2 * 64 * 64 + 4 * 64 * 100)
+    found = spent["decode"]["flops_dense"] - spent["decode"]["flops"] + spent["decode"]["flops_overhead"]
+    assert found == pytest.approx(saved)
 
 
 def test_learned_routers_find_the_heads_that_matter():

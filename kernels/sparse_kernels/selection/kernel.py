@@ -136,10 +136,12 @@ def reaching(
 
 @triton.jit
 def top_kernel(
-    score, index, count, K, k, stride,
-    TILE: tl.constexpr, WHOLE: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr, PDL: tl.constexpr,
+    score, index, count, mask, K, k, stride,
+    MASK: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """List the k largest scores of a row: the k-th largest is found bit by bit, then everything from there up."""
+    """List, or mark where MASK, the k largest scores of a row: the k-th largest is found bit by bit, then everything
+    from there up."""
     begin(PDL)
     b = tl.program_id(0).to(tl.int64)
     row = score + b * stride
@@ -163,13 +165,18 @@ def top_kernel(
         both = (keys > floor).to(tl.int32) + ((keys == floor).to(tl.int32) << 16)  # two counts in one scan
         ahead = tl.cumsum(both, 0) - both
         same = equal + (ahead >> 16)
-        place = larger + (ahead & 0xFFFF) + tl.minimum(same, ties)
-        tl.store(index + b * k + place.to(tl.int64), j, mask=(keys > floor) | ((keys == floor) & (same < ties)))
+        keep = (keys > floor) | ((keys == floor) & (same < ties))
+        if MASK:
+            tl.store(mask + b * K + j, keep.to(tl.int8), mask=j < K)
+        else:
+            place = larger + (ahead & 0xFFFF) + tl.minimum(same, ties)
+            tl.store(index + b * k + place.to(tl.int64), j, mask=keep)
         if not WHOLE:
             total = tl.sum(both, 0)
             larger += total & 0xFFFF
             equal += total >> 16
-    tl.store(count + b, k)
+    if not MASK:
+        tl.store(count + b, k)
 
 
 @triton.jit
@@ -386,17 +393,29 @@ def union_lists(index: Tensor, count: Tensor, size: int) -> tuple[Tensor, Tensor
 
 
 def top_k(score: Tensor, k: int, config: Scan | None = None) -> tuple[Tensor, Tensor]:
+    index, count = empty_list(k, score.device, score.shape[0])
+    top(score, k, config, index=index, count=count)
+    return index, count
+
+
+def top_mask(score: Tensor, k: int, config: Scan | None = None) -> Tensor:
+    mask = torch.empty(score.shape, dtype=torch.bool, device=score.device)
+    top(score, k, config, mask=mask.view(torch.int8))
+    return mask
+
+
+def top(score: Tensor, k: int, config: Scan | None, **out: Tensor) -> None:
+    """Write the k largest scores of each row to `index` and `count`, or to `mask`."""
     batch, channels = score.shape
     config = config or pick(LAUNCH, score.device)["top"]
     whole = channels <= config.block
     tile = power_of_2(channels) if whole else config.block // 2
     shift = {torch.bfloat16: 16, torch.float16: 13}.get(score.dtype, 0)
-    index, count = empty_list(k, score.device, batch)
     run(
-        top_kernel, (batch,), score, index, count, channels, k, score.stride(0),
-        TILE=tile, WHOLE=whole, SHIFT=shift, LOWEST=-(1 << (31 - shift)), num_warps=config.warps_for(tile),
+        top_kernel, (batch,), score, out.get("index"), out.get("count"), out.get("mask"), channels, k, score.stride(0),
+        MASK="mask" in out, TILE=tile, WHOLE=whole, SHIFT=shift, LOWEST=-(1 << (31 - shift)),
+        num_warps=config.warps_for(tile),
     )  # fmt: skip
-    return index, count
 
 
 def statistical_top_k(

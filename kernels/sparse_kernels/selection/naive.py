@@ -62,6 +62,11 @@ def top_k(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return best.sort(1).values.int(), count
 
 
+def top_mask(score: Tensor, k: int) -> Tensor:
+    """Which of each row of score [B, K] are its k largest: bool [B, K]."""
+    return to_mask(*top_k(score, k), score.shape[1])
+
+
 def statistical_threshold(score: Tensor, multiplier: float) -> Tensor:
     """mean + multiplier * std over the last dimension of score [..., K]: float32 [..., 1]."""
     std, mean = torch.std_mean(wide(score), -1, correction=0, keepdim=True)

@@ -130,6 +130,16 @@ def top_k(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.ops.sparse_kernels.top_k(score, k)
 
 
+def top_mask(score: Tensor, k: int) -> Tensor:
+    """Mark the k largest scores of each row, as `top_k` chooses them: bool [B, K].
+
+    score, k: as in `top_k`. Raises ValueError outside this domain.
+    """
+    require_scores("score", score)
+    require(0 <= k <= score.shape[1], "k must be 0 to {}, got {}.", score.shape[1], k)
+    return torch.ops.sparse_kernels.top_mask(score, k)
+
+
 def gaussian_multiplier(fraction: float) -> float:
     """How many standard deviations above the mean the largest `fraction` of normally distributed scores begins.
 
@@ -316,6 +326,16 @@ def _(score, k):
     return score.new_empty(batch, k, dtype=torch.int32), score.new_empty(batch, dtype=torch.int32)
 
 
+@operator("top_mask")
+def _top_mask(score: Tensor, k: int) -> Tensor:
+    return implementation(score).top_mask(score, k)
+
+
+@_top_mask.register_fake
+def _(score, k):
+    return score.new_empty(score.shape, dtype=torch.bool)
+
+
 @operator("statistical_top_k")
 def _statistical_top_k(
     score: Tensor, multiplier: float, soft: bool, activation: str, magnitude: bool
@@ -365,6 +385,7 @@ def _flops(x_shape, weight_shape, *args, **kwargs) -> int:
         torch.ops.sparse_kernels.union,
         torch.ops.sparse_kernels.union_lists,
         torch.ops.sparse_kernels.top_k,
+        torch.ops.sparse_kernels.top_mask,
         torch.ops.sparse_kernels.statistical_top_k,
         torch.ops.sparse_kernels.near_best,
     ]
