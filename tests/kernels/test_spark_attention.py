@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_kernels import spark_attention_decode, spark_attention_multipliers
 from sparse_kernels.spark_attention import cost, naive
-from sparse_kernels.spark_attention.launch import Attend
+from sparse_kernels.spark_attention.launch import Attend, Pass
 
 
 def inputs(device, batch=1, heads=4, groups=2, positions=100, dim=16, dtype=torch.float32, visible=None):
@@ -71,7 +71,8 @@ def test_any_launch_gives_the_same(device):
 
     arguments = *inputs(device, 2, positions=333), spark_attention_multipliers(20, 333, device)
     wanted = expected(*(t.cpu() for t in arguments[:4]), 20)
-    for config in (Attend(16, 64, 1, 1), Attend(32, 512, 2, 64)):
+    few, many = Pass(16, 1, 1, 1), Pass(32, 2, 3, 64)
+    for config in (Attend(few, many), Attend(many, few), Attend(many, many)):
         y = kernel.spark_attention_decode(*arguments, config)
         assert torch.allclose(y.cpu().double(), wanted, rtol=1e-4, atol=1e-5)
 
