@@ -6,6 +6,8 @@ second every program puts the statistics together, lists its share's tokens that
 rest of these only. Scores are compared with their own maximum, known before, so partial sums only add up.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -239,7 +241,8 @@ def spark_attention_decode(
     config, half, group, pairs = config or pick(LAUNCH, device), dim // 2, heads // groups, batch * groups
     score, rest, units = config.score, config.rest, multiprocessors(device)
     padded, width, wide = power_of_2(group), max(16, power_of_2(half)), max(16, power_of_2(dim))
-    rows, floats = max(16, padded), dict(dtype=torch.float32, device=device)
+    rows = max(16, padded)
+    floats: dict[str, Any] = dict(dtype=torch.float32, device=device)
 
     keys = score.fit(dim, key.element_size())
     parts = score.splits(pairs, positions, keys, units)
