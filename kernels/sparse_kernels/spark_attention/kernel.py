@@ -47,12 +47,13 @@ def spark_score_kernel(
     score += pair * HEADS * stride_score
     first = split * chunk
     begin(PDL)
-    hidden = tl.zeros([KEYS], tl.int32)
+    whole = False
     if STEPS:
+        hidden = tl.zeros([KEYS], tl.int32)
         for start in range(first, first + chunk, KEYS):
             place = start + n
             hidden += (tl.load(visible + place, mask=place < N, other=0) == 0).to(tl.int32)
-    whole = STEPS and tl.sum(hidden, 0) == 0
+        whole = tl.sum(hidden, 0) == 0
     query += b * stride_qb + group * HEADS * stride_qh
     inside = (r < HEADS)[:, None] & (d < HALF)[None, :]
     q = tl.load(query + r[:, None] * stride_qh + d[None, :], mask=inside, other=0.0)
@@ -104,7 +105,7 @@ def limits(stat, multiplier, parts, stride_stat, h, HEADS: tl.constexpr, PARTS: 
     deviation = tl.sqrt(tl.sum(squares + count * off * off, 1) / tl.maximum(seen, 1.0))
     everything = tl.abs(factor) == float("inf")
     least = tl.minimum(mean + deviation * tl.where(everything, 0.0, factor), top)
-    return tl.where(everything, float("-inf"), least), top
+    return tl.where(everything, float("-inf"), least), tl.where(h < HEADS, top, 0.0)
 
 
 @triton.jit
@@ -238,7 +239,8 @@ def spark_attention_decode(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, multiplier: Tensor, config: Attend | None = None
 ) -> Tensor:
     (batch, heads, dim), (_, groups, positions, _), device = query.shape, key.shape, query.device
-    config, half, group, pairs = config or pick(LAUNCH, device), dim // 2, heads // groups, batch * groups
+    half, group, pairs = dim // 2, heads // groups, batch * groups
+    config = config or pick(LAUNCH, device)["heads" if group == 1 else "groups"]
     score, rest, units = config.score, config.rest, multiprocessors(device)
     padded, width, wide = power_of_2(group), max(16, power_of_2(half)), max(16, power_of_2(dim))
     rows = max(16, padded)

@@ -31,14 +31,21 @@ class Pass:
 
 @dataclass(frozen=True)
 class Attend:
-    """score: scores and their statistics; rest: the attended tokens. matrix: single heads use matrix units too."""
+    """score: scores and their statistics; rest: the attended tokens. matrix: whether scores of single heads use the
+    matrix units; those of several always do."""
 
     score: Pass
     rest: Pass
     matrix: bool = True
 
 
-LAUNCH: dict[int, Attend] = {90: Attend(score=Pass(128, 4, 3, 16), rest=Pass(32, 4, 3, 8))}
+# "heads": groups of a single query head (multi-head attention); "groups": of several.
+LAUNCH: dict[int, dict[str, Attend]] = {
+    90: {
+        "heads": Attend(score=Pass(128, 4, 3, 16), rest=Pass(32, 4, 3, 8), matrix=False),
+        "groups": Attend(score=Pass(128, 4, 3, 16), rest=Pass(32, 4, 3, 8)),
+    }
+}
 MAX_SPLITS = 64
 FUSED_SPLITS = 32  # the last program of a group to finish adds so many splits; more take a second, wider kernel
 LISTED = 4096  # scores that a program compares per step
