@@ -235,10 +235,11 @@ def compile_attention() -> None:
     decode(1, 32, 32, 4096, 128, torch.float32)
     decode(1, 32, 8, 4096, 128, torch.float32)
     decode(1, 32, 8, 32768, 128, torch.bfloat16, 4)
-    for batch, heads, groups, dim in ((1, 8, 4, 256), (64, 32, 8, 128)):
-        query, visible = torch.empty(batch, heads, dim, dtype=torch.bfloat16), torch.empty(1, 8192, dtype=torch.bool)
-        cache = torch.empty(batch, groups, 8192, dim, dtype=torch.bfloat16, device="meta")
-        spark.spark_attention_decode(query, cache, cache, visible, torch.empty(8193))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for batch, heads, groups, dim in ((1, 8, 4, 256), (1, 32, 32, 128), (1, 32, 8, 128), (64, 32, 8, 128)):
+            query, visible = torch.empty(batch, heads, dim, dtype=dtype), torch.empty(1, 8192, dtype=torch.bool)
+            cache = torch.empty(batch, groups, 8192, dim, dtype=dtype, device="meta")
+            spark.spark_attention_decode(query, cache, cache, visible, torch.empty(8193))
     qkv, cache = torch.empty(1, 48, 128, dtype=torch.bfloat16), torch.empty(1, 8, 4096, 128, dtype=torch.bfloat16)
     table, place = torch.empty(1, 128, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int64)
     for tables, norm in (((table, table), table[0]), ((None, None), None)):

@@ -53,6 +53,12 @@ def test_caches_load_sixteen_bytes_at_a_time(launches):
     assert all(r["matrix"] for r in found if set(r["dtypes"]) & {"torch.bfloat16", "torch.float16"})
 
 
+def test_caches_of_listed_tokens_load_sixteen_bytes_at_a_time(launches):
+    for kernel in ("spark_score_kernel", "spark_attend_kernel"):
+        found = [r for r in launches if r["kernel"] == kernel]
+        assert len(found) >= 8 and all(r["wide_loads"] >= 12 for r in found)
+
+
 def test_products_are_rounded_before_their_sum(launches):
     """As torch does: multiplying and adding in one operation of half precision would round only once."""
     assert not [r for r in launches if r["half_fma"]]

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_kernels import spark_attention_decode, spark_attention_multipliers
 from sparse_kernels.spark_attention import cost, naive
-from sparse_kernels.spark_attention.launch import Attend
+from sparse_kernels.spark_attention.launch import Attend, Pass
 
 
 def inputs(device, batch=1, heads=4, groups=2, positions=100, dim=16, dtype=torch.float32, visible=None):
@@ -64,14 +64,18 @@ def test_half_precision(device, dtype):
     assert (y.cpu().double() - wanted).abs().max() < (2e-3 if dtype == torch.float16 else 1.6e-2)
 
 
-def test_any_launch_gives_the_same(device):
+@pytest.mark.parametrize("heads, groups, positions", [(4, 2, 333), (2, 2, 333), (3, 1, 2200)])
+def test_any_launch_gives_the_same(device, heads, groups, positions):
+    """Splits of one step and of several, all at once, and added by the last program or by another kernel."""
     if device == "cpu":
         pytest.importorskip("triton")
     from sparse_kernels.spark_attention import kernel
 
-    arguments = *inputs(device, 2, positions=333), spark_attention_multipliers(20, 333, device)
-    wanted = expected(*(t.cpu() for t in arguments[:4]), 20)
-    for config in (Attend(16, 64, 1, 1), Attend(32, 512, 2, 64)):
+    case = inputs(device, 2, heads, groups, positions)
+    arguments = *case, spark_attention_multipliers(20, positions, device)
+    wanted = expected(*(t.cpu() for t in case), 20)
+    few, many = Pass(128, 1, 1, 1), Pass(16, 2, 3, 64)
+    for config in (Attend(few, many), Attend(many, few, matrix=False), Attend(many, many)):
         y = kernel.spark_attention_decode(*arguments, config)
         assert torch.allclose(y.cpu().double(), wanted, rtol=1e-4, atol=1e-5)
 

@@ -2,22 +2,50 @@
 
 from dataclasses import dataclass
 
+from sparse_kernels.launch import power_of_2
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How one pass over the cache is launched.
+
+    keys: positions a program takes per step if a head has 128 channels, else in proportion; a quarter in float32.
+    warps, stages: warps per program and depth of the software pipeline.
+    programs: programs per multiprocessor that the splits of the cache aim at.
+    """
+
+    keys: int
+    warps: int
+    stages: int
+    programs: int
+
+    def fit(self, dim: int, itemsize: int) -> int:
+        """Positions per step, for heads of so many channels."""
+        keys = self.keys * 128 // power_of_2(dim) // (4 if itemsize == 4 else 1)
+        return max(16, min(keys, self.keys))
+
+    def splits(self, pairs: int, positions: int, least: int, multiprocessors: int) -> int:
+        """Parts, of `least` positions at the least, that the cache of each of so many KV groups is split in."""
+        return max(1, min(MAX_SPLITS, -(-positions // least), self.programs * multiprocessors // pairs))
+
 
 @dataclass(frozen=True)
 class Attend:
-    """keys: positions a program takes per step; tile: scores that the statistics take per step; warps: per program;
-    programs: per multiprocessor that the splits of the cache aim at."""
+    """score: scores and their statistics; rest: the attended tokens. matrix: whether scores of single heads use the
+    matrix units; those of several always do."""
 
-    keys: int
-    tile: int
-    warps: int
-    programs: int
+    score: Pass
+    rest: Pass
+    matrix: bool = True
 
 
-LAUNCH: dict[int, Attend] = {90: Attend(keys=64, tile=4096, warps=4, programs=4)}
+# "heads": groups of a single query head (multi-head attention); "groups": of several.
+LAUNCH: dict[int, dict[str, Attend]] = {
+    90: {
+        "heads": Attend(score=Pass(128, 4, 3, 16), rest=Pass(32, 4, 3, 8), matrix=False),
+        "groups": Attend(score=Pass(128, 4, 3, 16), rest=Pass(32, 4, 3, 8)),
+    }
+}
 MAX_SPLITS = 64
-
-
-def splits(pairs: int, positions: int, keys: int, programs: int) -> int:
-    """Parts that the cache of each of so many pairs of a sequence and a query head is split in."""
-    return max(1, min(MAX_SPLITS, -(-positions // keys), programs // pairs))
+FUSED_SPLITS = 32  # the last program of a group to finish adds so many splits; more take a second, wider kernel
+LISTED = 4096  # scores that a program compares per step
