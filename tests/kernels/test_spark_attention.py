@@ -75,7 +75,7 @@ def test_any_launch_gives_the_same(device, heads, groups, positions):
     arguments = *case, spark_attention_multipliers(20, positions, device)
     wanted = expected(*(t.cpu() for t in case), 20)
     few, many = Pass(128, 1, 1, 1), Pass(16, 2, 3, 64)
-    for config in (Attend(few, many), Attend(many, few, matrix=False), Attend(many, many)):
+    for config in (Attend(few, many), Attend(many, few), Attend(many, many)):
         y = kernel.spark_attention_decode(*arguments, config)
         assert torch.allclose(y.cpu().double(), wanted, rtol=1e-4, atol=1e-5)
 

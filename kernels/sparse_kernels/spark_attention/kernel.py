@@ -19,10 +19,8 @@ from sparse_kernels.spark_attention.launch import FUSED_SPLITS, LAUNCH, LISTED, 
 
 
 @triton.jit
-def products(q, k, ROWS: tl.constexpr, UPCAST: tl.constexpr):
-    """q k of heads [ROWS, WIDTH] and positions [KEYS, WIDTH] in float32; one head without matrix units."""
-    if ROWS == 1:
-        return tl.sum(k.to(tl.float32) * q.to(tl.float32), 1)[None, :]
+def products(q, k, UPCAST: tl.constexpr):
+    """q k of heads [ROWS, WIDTH] and positions [KEYS, WIDTH] in float32."""
     if UPCAST:
         q, k = q.to(tl.float32), k.to(tl.float32)
     return tl.dot(q, tl.trans(k), input_precision="ieee")
@@ -70,7 +68,7 @@ def spark_score_kernel(
             other=0.0,
             eviction_policy="evict_first",
         )
-        a = products(q, k, ROWS, UPCAST) * factor
+        a = products(q, k, UPCAST) * factor
         masked = tl.where(shown[None, :], a, float("-inf"))
         tl.store(score + r[:, None] * stride_score + place[None, :], masked, mask=(r < HEADS)[:, None])
         count = tl.sum(shown.to(tl.float32), 0)  # what is not shown has zeros as keys
@@ -198,7 +196,7 @@ def spark_attend_kernel(
             eviction_policy="evict_first",
         )
         a = tl.load(score + r[:, None] * stride_score + n[None, :], mask=inside, other=float("-inf"))
-        s = products(q, k, ROWS, UPCAST) * factor
+        s = products(q, k, UPCAST) * factor
         gate = tl.maximum(s, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(s)))
         p = tl.where((a >= least[:, None]) & (a > float("-inf")), tl.exp(a - top[:, None]), 0.0)
         total += p
@@ -258,8 +256,7 @@ def spark_attention_decode(
         spark_score_kernel, (parts, pairs),
         query, key, visible, scores, stat, half**-0.5, positions, chunk, *queries, *keyed,
         0 if visible.shape[0] == 1 else visible.stride(0), *strides,
-        **shape, KEYS=keys, STEPS=chunk > keys, ROWS=rows if config.matrix or group > 1 else 1, STAGES=score.stages,
-        num_warps=score.warps,
+        **shape, KEYS=keys, STEPS=chunk > keys, ROWS=rows, STAGES=score.stages, num_warps=score.warps,
     )  # fmt: skip
 
     keys = rest.fit(dim, key.element_size())

@@ -31,19 +31,17 @@ class Pass:
 
 @dataclass(frozen=True)
 class Attend:
-    """score: scores and their statistics; rest: the attended tokens. matrix: whether scores of single heads use the
-    matrix units; those of several always do."""
+    """score: scores and their statistics; rest: the attended tokens."""
 
     score: Pass
     rest: Pass
-    matrix: bool = True
 
 
 # "heads": groups of a single query head (multi-head attention); "groups": of several.
 LAUNCH: dict[int, dict[str, Attend]] = {
     90: {
-        "heads": Attend(score=Pass(128, 4, 3, 16), rest=Pass(32, 4, 3, 8), matrix=False),
-        "groups": Attend(score=Pass(128, 4, 3, 16), rest=Pass(32, 4, 3, 8)),
+        "heads": Attend(score=Pass(64, 2, 3, 8), rest=Pass(16, 2, 4, 8)),
+        "groups": Attend(score=Pass(64, 2, 3, 8), rest=Pass(16, 2, 4, 8)),
     }
 }
 MAX_SPLITS = 64
