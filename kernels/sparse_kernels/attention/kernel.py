@@ -224,11 +224,10 @@ def split_for(
     window: int,
     most: int,
     config: Decode | None,
-    tables: dict[int, dict[tuple[str, str], Decode]] = LAUNCH,
 ) -> tuple[Decode, int, int]:
     """(launch, positions a program takes per step, splits of the positions) for a cache [B, groups, N, D]."""
     (positions, dim), device = cache.shape[2:], cache.device
-    config = config or pick(tables, device)[regime(pairs, group, multiprocessors(device))]
+    config = config or pick(LAUNCH, device)[regime(pairs, group, multiprocessors(device))]
     keys = config.keys * 128 // max(16, power_of_2(dim)) // (4 if cache.dtype == torch.float32 else 1)
     keys = max(16, min(keys, 128))
     blocks = triton.cdiv(min(positions, window or positions), keys)

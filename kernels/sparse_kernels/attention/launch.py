@@ -33,8 +33,6 @@ LAUNCH: dict[int, dict[tuple[str, str], Decode]] = {
         ("groups", "slivers"): Decode(keys=64, warps=4, stages=4, programs=2),
     }
 }
-# Of `token_attention`, which holds a step's keys and values in registers while it waits for the projections.
-TOKEN = {90: LAUNCH[90] | {("heads", "quarters"): Decode(keys=64, warps=4, stages=2, programs=2)}}
 MAX_SPLITS = 128
 FUSED_SPLITS = 32  # the last program of a group to finish merges so many splits; more take a second, wider kernel
 ROPE_HEADS = 4  # heads per program of the rotation, one warp each

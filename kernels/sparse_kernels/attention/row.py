@@ -17,7 +17,7 @@ from sparse_kernels.attention.kernel import (
     soften,
     split_for,
 )
-from sparse_kernels.attention.launch import FUSED_SPLITS, TOKEN, Decode
+from sparse_kernels.attention.launch import FUSED_SPLITS, Decode
 from sparse_kernels.attention.rope import turned, whole
 from sparse_kernels.blocks import begin
 from sparse_kernels.launch import interpreting, power_of_2, run
@@ -113,7 +113,7 @@ def token_attention(
 ) -> Tensor:
     (heads, dim), groups = query.shape[-2:], key.shape[-2]
     parts, group = query.shape[0] if query.dim() == 4 else 0, heads // groups
-    config, keys, splits = split_for(groups, group, key_cache, 0, FUSED_SPLITS, config, TOKEN)
+    config, keys, splits = split_for(groups, group, key_cache, 0, FUSED_SPLITS, config)
     width, padded = max(16, power_of_2(dim)), power_of_2(group)
     out = torch.empty(1, heads, dim, dtype=key_cache.dtype, device=query.device)
     partial, lse, semaphore = scratch(1, groups, splits, group, out, True)

@@ -14,7 +14,7 @@ LAUNCH: dict[int, dict[tuple[str, int], Rows]] = {
     90: {
         ("all", 3): Rows(rows=1, warps=4, stages=4, programs=1),
         ("all", 2): Rows(rows=2, warps=8, stages=1, programs=2),
-        ("list", 3): Rows(rows=1, warps=4, stages=4, programs=1),
+        ("list", 3): Rows(rows=2, warps=8, stages=1, programs=1),
         ("list", 2): Rows(rows=1, warps=8, stages=4, programs=2),
         ("first", 1): Rows(rows=2, warps=4, stages=4, programs=2),
         ("survivors", 2): Rows(rows=1, warps=4, stages=4, programs=2),

@@ -238,7 +238,7 @@ def spark_attention_decode(
 ) -> Tensor:
     (batch, heads, dim), (_, groups, positions, _), device = query.shape, key.shape, query.device
     half, group, pairs = dim // 2, heads // groups, batch * groups
-    config = config or pick(LAUNCH, device)["heads" if group == 1 else "groups"]
+    config = config or pick(LAUNCH, device)
     score, rest, units = config.score, config.rest, multiprocessors(device)
     padded, width, wide = power_of_2(group), max(16, power_of_2(half)), max(16, power_of_2(dim))
     rows = max(16, padded)

@@ -37,13 +37,7 @@ class Attend:
     rest: Pass
 
 
-# "heads": groups of a single query head (multi-head attention); "groups": of several.
-LAUNCH: dict[int, dict[str, Attend]] = {
-    90: {
-        "heads": Attend(score=Pass(64, 2, 3, 8), rest=Pass(16, 2, 4, 8)),
-        "groups": Attend(score=Pass(64, 2, 3, 8), rest=Pass(16, 2, 4, 8)),
-    }
-}
+LAUNCH: dict[int, Attend] = {90: Attend(score=Pass(128, 4, 3, 4), rest=Pass(16, 2, 4, 8))}
 MAX_SPLITS = 64
 FUSED_SPLITS = 32  # the last program of a group to finish adds so many splits; more take a second, wider kernel
 LISTED = 4096  # scores that a program compares per step
