@@ -14,6 +14,7 @@ import torch
 
 KERNEL_MODULES = (
     "selection.kernel",
+    "selection.score",
     "glue.kernel",
     "input_linear.kernel",
     "input_linear.row",

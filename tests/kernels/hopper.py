@@ -24,6 +24,7 @@ from sparse_kernels.input_linear import launch as linear_launch
 from sparse_kernels.input_linear import row as linear_row
 from sparse_kernels.neuron_ffn import kernel as neuron_ffn
 from sparse_kernels.selection import kernel as selection
+from sparse_kernels.selection import score as router
 from sparse_kernels.spark_attention import kernel as spark
 
 MODULES = (
@@ -31,6 +32,7 @@ MODULES = (
     attention_rope,
     attention_row,
     selection,
+    router,
     glue,
     linear,
     linear_row,
@@ -168,12 +170,12 @@ def compile_selection(one: torch.Tensor) -> None:
             x, weight = torch.empty(batch, 4096, dtype=dtype), torch.empty(11008, 4096, dtype=dtype)
             selection.statistical_top_k(torch.empty(batch, 11008, dtype=dtype), 1.0, True, "identity", False)
             selection.statistical_top_k(torch.empty(batch, 14336), 1.0, False, "silu", True)
-            score = selection.scores(x, weight[:344], weight[:344, 0].contiguous(), "abs", False, False)
+            score = router.scores(x, weight[:344], weight[:344, 0].contiguous(), "abs", False, False)
             selection.compact(score, one, False)
             selection.near_best(score, one)
-            selection.scores(x, weight[:1024], None, "tanh", True, True)
-            selection.scores(x[:, :1024], weight[:, :1024], None, "identity", False, False)
-    selection.scores(x.float(), weight[:344].float(), None, "identity", False, False)
+            router.scores(x, weight[:1024], None, "tanh", True, True)
+            router.scores(x[:, :1024], weight[:, :1024], None, "identity", False, False)
+    router.scores(x.float(), weight[:344].float(), None, "identity", False, False)
 
 
 def compile_glue() -> None:

@@ -36,3 +36,11 @@ def limits(kind: str | None, channels: int, device: str) -> Tensor | None:
     if kind is None:
         return None
     return torch.full((1,), 0.5, device=device) if kind == "one" else torch.rand(channels, device=device)
+
+
+def same(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    """Whether two lists, or lists per row, have the same length and entries."""
+    lengths = expected[1].tolist()
+    rows = [t.reshape(len(lengths), -1) for t in (actual[0], expected[0])]
+    listed = all(torch.equal(a[:n], e[:n]) for a, e, n in zip(*rows, lengths, strict=True))
+    return actual[0].dtype == actual[1].dtype == torch.int32 and torch.equal(actual[1], expected[1]) and listed

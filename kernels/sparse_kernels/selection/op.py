@@ -353,7 +353,12 @@ def _(score, multiplier, soft, activation, magnitude):
 def _router_scores(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, normalize: bool, narrow: bool
 ) -> Tensor:
-    return implementation(x).scores(x, weight, bias, activation, normalize, narrow)
+    arguments = (x, weight, bias, activation, normalize, narrow)
+    if not use_triton(x):
+        return naive.scores(*arguments)
+    from sparse_kernels.selection import score
+
+    return score.scores(*arguments)
 
 
 @_router_scores.register_fake
