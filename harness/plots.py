@@ -14,7 +14,8 @@ from typing import Any
 from .grids import Grid, grids
 from .rows import Group, Row
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito's
+# Okabe and Ito's, and two of Tol's for the methods beyond.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
 MARKERS = "osD^vPX"
 FRONT, NULL = "#bbbbbb", "#777777"
 CROWDED = 9  # variants above which a panel shows each method's best alone, or a method has panels of its own
@@ -162,7 +163,7 @@ def _pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
     tables = [[row for row in group.rows if not row.control] for group, _ in parts]
     names = [_method if len({_variant(row) for row in rows}) > CROWDED else _variant for rows in tables]
     named_rows = [(name, row) for rows, name in zip(tables, names, strict=True) for row in rows]
-    styles = _styles({name(row) for name, row in named_rows if not row.is_baseline})
+    styles = _styles({name(row) for name, row in named_rows if not row.is_baseline}, _first_word)
     for start, (group, found), rows, name in zip(starts, parts, tables, names, strict=True):
         line = axes.flat[start : start + len(found)]
         for axis, panel in zip(line, found, strict=True):
@@ -213,10 +214,16 @@ def _variant(row: Row) -> str:
     return f"{row.method} ({row.options})" if row.options else row.method
 
 
-def _styles(series: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each name; a second round of colours has other markers."""
-    n = len(COLOURS)
-    return {key: (COLOURS[i % n], MARKERS[(i + i // n) % len(MARKERS)]) for i, key in enumerate(sorted(series))}
+def _styles(series: Iterable[str], kind: Callable[[str], str] = str) -> dict[str, tuple[str, str]]:
+    """A colour for each kind of name and a marker for each name of it; a second round of colours has other markers."""
+    of_kind: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(series):
+        of_kind[kind(name)].append(name)
+    n, styles = len(COLOURS), {}
+    for i, names in enumerate(of_kind[key] for key in sorted(of_kind)):
+        for j, name in enumerate(names):
+            styles[name] = COLOURS[i % n], MARKERS[(i + i // n + j) % len(MARKERS)]
+    return styles
 
 
 def _profiles(parts: list[tuple[Group, list[Row]]]) -> Any:
@@ -224,11 +231,13 @@ def _profiles(parts: list[tuple[Group, list[Row]]]) -> Any:
     nothing (dotted) and as they are; and how many tokens use how much, where records say so (older ones do not)."""
     from matplotlib import pyplot as plt
 
-    styles = _styles({_variant(row) for _, rows in parts for row in rows})
+    everywhere = _styles({_variant(row) for _, rows in parts for row in rows}, _first_word)
     columns = 2 + any("histogram" in row.ffn for _, rows in parts for row in rows)
     size = (4.8 * columns + 2.4, 3.9 * len(parts))
     figure, axes = plt.subplots(len(parts), columns, figsize=size, squeeze=False, layout="constrained")
     for (left, right, *last), (group, rows) in zip(axes, parts, strict=True):
+        several = len({row.method for row in rows}) > 1
+        styles = everywhere if several else _styles(map(_variant, rows))
         for row in rows:
             (colour, marker), ffn = styles[_variant(row)], row.ffn
             layers = range(len(ffn["layers"]))
@@ -284,7 +293,7 @@ def _bars(groups: list[Group]) -> Any:
     for group, axis in zip(groups, axes[:, 0], strict=True):
         rows = [row for row in group.rows if row.breakdown]
         left = [0.0] * len(rows)
-        for kind, colour in zip(rows[0].breakdown, cycle(COLOURS[:-1] + (FRONT,)), strict=False):
+        for kind, colour in zip(rows[0].breakdown, cycle((*COLOURS[:6], FRONT)), strict=False):
             widths = [row.breakdown.get(kind, 0.0) for row in rows]
             axis.barh(range(len(rows)), widths, left=left, color=colour, label=kind, height=0.7)
             left = [a + b for a, b in zip(left, widths, strict=True)]
