@@ -43,7 +43,6 @@ KERNELS = {
     "rope_kernel": "attention",
     "token_kernel": "attention",
     "spark_score_kernel": "selection",
-    "spark_limit_kernel": "selection",
     "spark_attend_kernel": "attention",
     "spark_merge_kernel": "attention",
     "norm_kernel": "glue",

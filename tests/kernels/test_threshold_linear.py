@@ -5,7 +5,7 @@ from support import close
 
 from sparse_kernels import add_parts, row_stats, threshold_linear
 from sparse_kernels.input_linear import kernel, naive, row
-from sparse_kernels.input_linear.launch import Masked, path_for
+from sparse_kernels.input_linear.launch import LAUNCH, REGISTERS, Masked, beside, path_for
 from sparse_kernels.launch import Launch, Rows
 
 SEGMENTS = {"one": [200], "three": [100, 37, 63]}
@@ -339,3 +339,21 @@ def test_threshold_linear_outside_its_domain(change, message):
     arguments = dict(x=torch.randn(1, 8), weight_t=torch.randn(8, 5), threshold=torch.zeros(1)) | change
     with pytest.raises(ValueError, match=message):
         threshold_linear(**arguments)
+
+
+def test_what_starts_early_fits_beside_what_runs_before():
+    for table in LAUNCH.values():
+        for narrow in (True, False):
+            launch = table[1, narrow]
+            threads = 32 * launch.warps * launch.programs
+            assert 2 * threads * beside(launch) <= REGISTERS and beside(launch) >= 64
+
+
+def test_only_layers_that_norm_or_activate_start_early(device, monkeypatch):
+    early = []
+    monkeypatch.setattr(row, "run", lambda kernel, grid, *args, **options: early.append(options.get("pdl", True)))
+    x, weight_t = make(1, 64, 40, device)
+    norm = dict(norm="rms", norm_weight=torch.ones(64, device=device), stats=row_stats(x))
+    for vector in ({}, norm, dict(activation="relu")):
+        row.listed(x, weight_t, "threshold", [40], threshold=limits(1, device), **vector)
+    assert early == [False, True, True]
