@@ -252,7 +252,7 @@ def record(
     if not layers:
         return cost, None
     density = {
-        "model": round(model_density(shape, tokens), 5),
+        "model": round(model_density(shape, ran), 5),
         "sites": site_table(handle),
         "union": round(model_density(shape, union), 5) if batch > 1 else None,
     }

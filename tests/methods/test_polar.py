@@ -273,7 +273,7 @@ def test_a_batch_is_charged_what_its_steps_ran(active, whole):
             with handle.sparse():
                 model(input_ids=prompt)  # as quality is evaluated: every token with neurons of its own
             decode(model, prompt, 3, handle)
-        spent = cost.record(handle, shape, 100, 17, True)[0]
+        spent, density = cost.record(handle, shape, 100, 17, True)
         unseen = cost.record(handle, shape, 100, 17)[0]["decode"]
     heads = 4 * 64 + 4  # one block, heads x width and a bias
     neurons = 2 * (16 * 64 + 128 * 16)  # two blocks
@@ -285,6 +285,8 @@ def test_a_batch_is_charged_what_its_steps_ran(active, whole):
     saved = (1 - share) * 2 * 2 * 64 * 128 * 2 + 0.5 * (2 * 64 * 64 + 4 * 64 * 100)
     found = spent["decode"]["flops_dense"] - spent["decode"]["flops"] + spent["decode"]["flops_overhead"]
     assert found == pytest.approx(saved)
+    weights = 2 * (4 * 64 * 64 + 2 * 64 * 128)
+    assert density["model"] == pytest.approx(1 - ((1 - share) * 4 * 64 * 128 + 0.5 * 64 * 64) / weights, abs=1e-5)
 
 
 def test_learned_routers_find_the_heads_that_matter():
