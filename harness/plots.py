@@ -135,9 +135,10 @@ def _with_profiles(groups: Sequence[Group]) -> list[tuple[Group, list[Row]]]:
             if "spread" in row.ffn and row.ffn["mean"] < 1:
                 key = row.method, row.options
                 rows[key] = min(rows.get(key, row), row, key=lambda r: abs(r.ffn["mean"] - 0.5))
-        names = dict.fromkeys(method for method, _ in rows) if len(rows) > CROWDED else [None]
-        lines = [[row for row in rows.values() if name in (None, row.method)] for name in names]
-        found += [(group, line) for line in lines if line]
+        parts: dict[str, list[Row]] = defaultdict(list)
+        for row in rows.values():
+            parts[row.method if len(rows) > CROWDED else "all"].append(row)
+        found += [(group, part) for part in parts.values()]
     return found
 
 

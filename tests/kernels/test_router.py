@@ -20,8 +20,8 @@ def layer(batch, width, experts, device, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch", [1, 2, 7, 33])
-@pytest.mark.parametrize("width, experts", [(1, 1), (63, 133), (200, 40)])
+@pytest.mark.parametrize("batch", [1, 2, 7, 12, 33])
+@pytest.mark.parametrize("width, experts", [(1, 1), (63, 133), (200, 40), (24, 2100)])
 def test_linear_router_equals_naive(device, dtype, batch, width, experts):
     x, weight, bias = layer(batch, width, experts, device, dtype)
     for kind, offset in (("one", None), ("each", bias)):

@@ -5,7 +5,7 @@ from support import close
 
 from sparse_kernels import add_parts, row_stats, threshold_linear
 from sparse_kernels.input_linear import kernel, naive, row
-from sparse_kernels.input_linear.launch import LAUNCH, REGISTERS, Masked, beside, path_for
+from sparse_kernels.input_linear.launch import Masked, path_for
 from sparse_kernels.launch import Launch, Rows
 
 SEGMENTS = {"one": [200], "three": [100, 37, 63]}
@@ -341,19 +341,13 @@ def test_threshold_linear_outside_its_domain(change, message):
         threshold_linear(**arguments)
 
 
-def test_what_starts_early_fits_beside_what_runs_before():
-    for table in LAUNCH.values():
-        for narrow in (True, False):
-            launch = table[1, narrow]
-            threads = 32 * launch.warps * launch.programs
-            assert 2 * threads * beside(launch) <= REGISTERS and beside(launch) >= 64
-
-
-def test_only_layers_that_norm_or_activate_start_early(device, monkeypatch):
-    early = []
-    monkeypatch.setattr(row, "run", lambda kernel, grid, *args, **options: early.append(options.get("pdl", True)))
+def test_only_layers_that_norm_or_activate_start_early_and_within_half_of_the_registers(device, monkeypatch):
+    launched = []
+    monkeypatch.setattr(row, "run", lambda kernel, grid, *args, **options: launched.append(options))
     x, weight_t = make(1, 64, 40, device)
     norm = dict(norm="rms", norm_weight=torch.ones(64, device=device), stats=row_stats(x))
+    config = Launch(rows=4, columns=1024, warps=4, stages=4, programs=2)
     for vector in ({}, norm, dict(activation="relu")):
-        row.listed(x, weight_t, "threshold", [40], threshold=limits(1, device), **vector)
-    assert early == [False, True, True]
+        row.listed(x, weight_t, "threshold", [40], threshold=limits(1, device), config=config, **vector)
+    found = [(options.get("pdl", True), options.get("maxnreg")) for options in launched]
+    assert found == [(False, None), (True, 128), (True, 128)]
