@@ -17,7 +17,7 @@ def page(records: list[dict[str, Any]]) -> str:
     return report.page(rows.group(store.latest(records)))
 
 
-def test_curves_and_profiles_are_drawn_where_records_have_them(tmp_path: Any) -> None:
+def test_curves_and_profiles_are_drawn_where_records_have_them(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ffn = {"mean": 0.5, "p99": 0.9, "layers": [0.4, 0.6], "spread": [[0.3, 0.4, 0.5]] * 2, "units": [16, 16]}
     ffn["unions"] = {"1": 0.5, "2": 0.7}
     for method, options in (("moefication", {}), ("moefication", {"selector": "oracle"}), ("lte", {})):
@@ -41,8 +41,16 @@ def test_curves_and_profiles_are_drawn_where_records_have_them(tmp_path: Any) ->
         ("moefication", "selector=oracle"),
     }
     assert [method for _, method in plots._with_curves(groups)] == ["lte", "moefication"]
+    monkeypatch.setattr(plots, "CROWDED", 2)
+    apart = plots._with_profiles(groups)
+    assert [{row.method for row in part} for _, part in apart] == [{"lte"}, {"moefication"}]
+
+
+def test_a_method_has_a_colour_and_each_of_its_variants_a_marker() -> None:
     styles = plots._styles(str(i) for i in range(20))
     assert len(set(styles.values())) == 20
+    styles = plots._styles(("lte", "lte (lr=1)", "teal"), plots._first_word)
+    assert styles["lte"][0] == styles["lte (lr=1)"][0] != styles["teal"][0] and len(set(styles.values())) == 3
 
 
 @pytest.mark.parametrize("variants", [1, plots.CROWDED])
