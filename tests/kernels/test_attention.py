@@ -145,20 +145,20 @@ def test_semaphores_are_left_at_zero(split):
 
 
 @pytest.mark.parametrize(
-    "pairs, group, expected",
+    "pairs, listed, expected",
     [
-        (1024, 1, ("heads", "whole")),
-        (133, 4, ("groups", "whole")),
-        (132, 4, ("groups", "quarters")),
-        (32, 1, ("heads", "quarters")),
-        (16, 1, ("heads", "sixteenths")),
-        (8, 4, ("groups", "sixteenths")),
-        (4, 4, ("groups", "slivers")),
-        (1, 8, ("groups", "slivers")),
+        (4, False, "all"),
+        (1024, False, "all"),
+        (133, True, "all"),
+        (132, True, "kept"),
+        (66, True, "kept, halves"),
+        (34, True, "kept, halves"),
+        (33, True, "kept"),
+        (1, True, "kept"),
     ],
 )
-def test_regimes(pairs, group, expected):
-    assert regime(pairs, group, 132) == expected and all(expected in table for table in LAUNCH.values())
+def test_regimes(pairs, listed, expected):
+    assert regime(pairs, listed, 132) == expected and all(expected in table for table in LAUNCH.values())
 
 
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 1)])

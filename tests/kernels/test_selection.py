@@ -155,6 +155,17 @@ def test_top_k_takes_ties_from_the_left(kernel, device, block, dtype):
     assert kernel.top_k(score, 5, Scan(block, 4))[0][1].tolist() == list(range(5))
 
 
+@pytest.mark.parametrize("block", [512, 2048])
+def test_top_k_of_what_no_normal_distribution_has(kernel, device, block):
+    """Where the first guess is far off, most scores are alike, or few of them make the mean."""
+    torch.manual_seed(0)
+    normal = torch.randn(6, 900, device=device)
+    score = torch.stack([normal[0].exp(), normal[1].relu(), normal[2] * 1e-30, normal[3].sign(), *normal[4:] + 1e6])
+    score[2, 7], score[4, :890] = 3e38, -1e-38
+    for k in (1, 40, 450, 899):
+        assert same(kernel.top_k(score, k, Scan(block, 4)), naive.top_k(score, k))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_top_k_of_infinities_and_nan(device, dtype):
     values = [float("nan"), -float("inf"), 1.0, float("inf"), -1e-7, 0.0, float("-nan"), -3.0]

@@ -217,21 +217,13 @@ def merge_kernel(
         merge(partial + row * DIM, lse + row, to, arrivals, 1, GROUP, DIM, WIDTH, 1, MERGED)
 
 
-def split_for(
-    pairs: int,
-    group: int,
-    cache: Tensor,
-    window: int,
-    most: int,
-    config: Decode | None,
-) -> tuple[Decode, int, int]:
-    """(launch, positions a program takes per step, splits of the positions) for a cache [B, groups, N, D]."""
+def split_for(pairs: int, cache: Tensor, window: int, most: int, config: Decode) -> tuple[int, int]:
+    """(positions a program takes per step, splits of the positions) for a cache [B, groups, N, D]."""
     (positions, dim), device = cache.shape[2:], cache.device
-    config = config or pick(LAUNCH, device)[regime(pairs, group, multiprocessors(device))]
     keys = config.keys * 128 // max(16, power_of_2(dim)) // (4 if cache.dtype == torch.float32 else 1)
     keys = max(16, min(keys, 128))
     blocks = triton.cdiv(min(positions, window or positions), keys)
-    return config, keys, max(1, min(config.programs * multiprocessors(device) // pairs, blocks, most))
+    return keys, max(1, min(config.programs * multiprocessors(device) // pairs, blocks, most))
 
 
 def scratch(batch: int, slots: int, splits: int, group: int, out: Tensor, fused: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,7 +253,9 @@ def attention_decode(
 ) -> Tensor:
     (batch, heads, dim), groups = query.shape, key.shape[1]
     group, slots, device = heads // groups, groups if index is None else index.shape[1], query.device
-    config, keys, splits = split_for(batch * slots, group, key, window, MAX_SPLITS, config)
+    pairs = batch * slots
+    config = config or pick(LAUNCH, device)[regime(pairs, index is not None, multiprocessors(device))]
+    keys, splits = split_for(pairs, key, window, MAX_SPLITS, config)
     width, padded = max(16, power_of_2(dim)), power_of_2(group)
     fused = splits <= FUSED_SPLITS
     out = torch.empty(batch, heads, dim, dtype=query.dtype, device=device)

@@ -20,17 +20,13 @@ class Decode:
     programs: int
 
 
-# Keyed by `regime`. "heads": groups of a single query head (multi-head attention); "groups": of several.
-LAUNCH: dict[int, dict[tuple[str, str], Decode]] = {
+# Keyed by `regime`; "token": `token_attention`.
+LAUNCH: dict[int, dict[str, Decode]] = {
     90: {
-        ("heads", "whole"): Decode(keys=128, warps=4, stages=2, programs=1),
-        ("heads", "quarters"): Decode(keys=128, warps=4, stages=2, programs=2),
-        ("heads", "sixteenths"): Decode(keys=128, warps=4, stages=2, programs=3),
-        ("heads", "slivers"): Decode(keys=128, warps=4, stages=2, programs=3),
-        ("groups", "whole"): Decode(keys=64, warps=4, stages=4, programs=1),
-        ("groups", "quarters"): Decode(keys=64, warps=4, stages=4, programs=1),
-        ("groups", "sixteenths"): Decode(keys=64, warps=4, stages=4, programs=1),
-        ("groups", "slivers"): Decode(keys=64, warps=4, stages=4, programs=2),
+        "all": Decode(keys=64, warps=4, stages=4, programs=1),
+        "kept": Decode(keys=64, warps=4, stages=5, programs=1),
+        "kept, halves": Decode(keys=64, warps=4, stages=2, programs=4),
+        "token": Decode(keys=128, warps=4, stages=2, programs=2),
     }
 }
 MAX_SPLITS = 128
@@ -39,14 +35,15 @@ ROPE_HEADS = 4  # heads per program of the rotation, one warp each
 ROPE_PARTS = 64  # parts of a head that a program adds at once
 
 
-def regime(pairs: int, group: int, multiprocessors: int) -> tuple[str, str]:
-    """The regime of so many pairs of a sequence and a kept group of `group` query heads.
+def regime(pairs: int, listed: bool, multiprocessors: int) -> str:
+    """The regime of so many pairs of a sequence and a KV group, all groups there are or those in its list.
 
-    Named after the part of a pair's cache that a multiprocessor takes, if each runs one program.
+    "halves": where a multiprocessor that runs one program takes about half of a pair's cache.
     """
     splits = multiprocessors // pairs
-    part = "whole" if splits == 0 else "quarters" if splits <= 4 else "sixteenths" if splits <= 16 else "slivers"
-    return "heads" if group == 1 else "groups", part
+    if not listed or splits == 0:
+        return "all"
+    return "kept, halves" if splits in (2, 3) else "kept"
 
 
 def one_launch(query: Tensor, key: Tensor) -> bool:

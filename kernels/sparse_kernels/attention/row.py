@@ -17,10 +17,10 @@ from sparse_kernels.attention.kernel import (
     soften,
     split_for,
 )
-from sparse_kernels.attention.launch import FUSED_SPLITS, Decode
+from sparse_kernels.attention.launch import FUSED_SPLITS, LAUNCH, Decode
 from sparse_kernels.attention.rope import turned, whole
 from sparse_kernels.blocks import begin
-from sparse_kernels.launch import interpreting, power_of_2, run
+from sparse_kernels.launch import interpreting, pick, power_of_2, run
 
 
 @triton.jit
@@ -113,7 +113,9 @@ def token_attention(
 ) -> Tensor:
     (heads, dim), groups = query.shape[-2:], key.shape[-2]
     parts, group = query.shape[0] if query.dim() == 4 else 0, heads // groups
-    config, keys, splits = split_for(groups, group, key_cache, 0, FUSED_SPLITS, config)
+    wide = dim > 128  # what is read ahead would not fit in registers
+    config = config or pick(LAUNCH, query.device)["all" if wide else "token"]
+    keys, splits = split_for(groups, key_cache, 0, FUSED_SPLITS, config)
     width, padded = max(16, power_of_2(dim)), power_of_2(group)
     out = torch.empty(1, heads, dim, dtype=key_cache.dtype, device=query.device)
     partial, lse, semaphore = scratch(1, groups, splits, group, out, True)

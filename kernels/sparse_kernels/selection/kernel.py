@@ -6,6 +6,8 @@ dependent latencies. Where counting again would read too much, for the union of 
 active channels in one byte each: launched programmatically, it costs less than one program that waits for all others.
 """
 
+from statistics import NormalDist
+
 import torch
 import triton
 import triton.language as tl
@@ -15,6 +17,7 @@ from sparse_kernels.blocks import activate, begin
 from sparse_kernels.launch import pick, power_of_2, run
 from sparse_kernels.selection.launch import LAUNCH, Scan
 
+PATIENCE = tl.constexpr(24)  # levels that a search tries by interpolation
 RECOUNT = 16384  # earlier channels that a program counts per step
 
 
@@ -120,6 +123,20 @@ def load_keys(row, j, K, LOWEST: tl.constexpr, SHIFT: tl.constexpr):
 
 
 @triton.jit
+def value_of(key, SHIFT: tl.constexpr):
+    """The float32 value that `load_keys` made a key of."""
+    bits = key << SHIFT
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def key_of(value, SHIFT: tl.constexpr):
+    """The key of a float32 value."""
+    bits = value.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
 def reaching(
     keys, level, row, K, TILE: tl.constexpr, WHOLE: tl.constexpr, LOWEST: tl.constexpr, SHIFT: tl.constexpr
 ):  # fmt: skip
@@ -136,26 +153,52 @@ def reaching(
 
 @triton.jit
 def top_kernel(
-    score, index, count, mask, K, k, stride,
+    score, index, count, mask, K, k, stride, deviations,
     MASK: tl.constexpr, TILE: tl.constexpr, WHOLE: tl.constexpr, SHIFT: tl.constexpr, LOWEST: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """List, or mark where MASK, the k largest scores of a row: the k-th largest is found bit by bit, then everything
-    from there up."""
+    """List, or mark where MASK, the k largest scores of a row: a level that k of them reach is found between one that
+    more reach and one that fewer reach, then everything from there up.
+
+    The first level tried is where a normal distribution has it, `deviations` above the mean, the next ones where a line
+    between both ends has it (false position). An end that stays twice pulls half as much, so that both come closer
+    (Illinois), and what is not found after PATIENCE levels is halved.
+    """
     begin(PDL)
     b = tl.program_id(0).to(tl.int64)
     row = score + b * stride
     keys = load_keys(row, tl.arange(0, TILE), K, LOWEST, SHIFT)
-    found = reaching(keys, 0, row, K, TILE, WHOLE, LOWEST, SHIFT)
-    floor = tl.where(found >= k, 0, LOWEST)  # always reached by at least k keys
-    found = tl.where(found >= k, found, K)
-    bit = 30 - SHIFT
-    while (bit >= 0) & (found != k):
-        level = floor + (1 << bit)
+    floor, ceil, first_moment, second_moment = 0x7FFFFFFF, LOWEST, 0.0, 0.0
+    for first in range(0, K, TILE):
+        j = first + tl.arange(0, TILE)
+        if not WHOLE:
+            keys = load_keys(row, j, K, LOWEST, SHIFT)
+        value = tl.where(j < K, value_of(keys, SHIFT), 0.0)
+        floor = tl.minimum(floor, tl.min(tl.where(j < K, keys, 0x7FFFFFFF), 0))
+        ceil = tl.maximum(ceil, tl.max(keys, 0))
+        first_moment += tl.sum(value, 0) / K
+        second_moment += tl.sum(value * value, 0) / K
+    ceil += 1
+    variance = tl.maximum(second_moment - first_moment * first_moment, 0.0)
+    guess = first_moment + tl.cast(deviations, tl.float32) * tl.sqrt(variance)
+    found, tried, side = tl.cast(K, tl.int32), 0, 0
+    surplus, lack = tl.cast(K - k, tl.float32), tl.cast(k, tl.float32)  # how far both ends are from k
+    while (found != k) & (ceil - 1 > floor):
+        low, high = value_of(floor, SHIFT), value_of(ceil, SHIFT)
+        guess = tl.where(tried > 0, low + (high - low) * (surplus / (surplus + lack)), guess)
+        middle = (floor >> 1) + (ceil >> 1) + (floor & ceil & 1)
+        level = tl.where(tried < PATIENCE, key_of(guess, SHIFT), middle)
+        level = tl.maximum(tl.minimum(level, ceil - 1), floor + 1)
         higher = reaching(keys, level, row, K, TILE, WHOLE, LOWEST, SHIFT)
-        floor = tl.where(higher >= k, level, floor)
-        found = tl.where(higher >= k, higher, found)
-        bit -= 1
+        if higher >= k:
+            floor, found, surplus = level, higher, tl.cast(higher - k, tl.float32)
+            lack = tl.where(side > 0, lack * 0.5, lack)
+            side = 1
+        else:
+            ceil, lack = level, tl.cast(k - higher, tl.float32)
+            surplus = tl.where(side < 0, surplus * 0.5, surplus)
+            side = -1
+        tried += 1
     ties = k - reaching(keys, floor + 1, row, K, TILE, WHOLE, LOWEST, SHIFT)
     larger, equal = 0, 0
     for first in range(0, K, TILE):
@@ -354,6 +397,7 @@ def top(score: Tensor, k: int, config: Scan | None, **out: Tensor) -> None:
     shift = {torch.bfloat16: 16, torch.float16: 13}.get(score.dtype, 0)
     run(
         top_kernel, (batch,), score, out.get("index"), out.get("count"), out.get("mask"), channels, k, score.stride(0),
+        NormalDist().inv_cdf(1 - k / channels) if 0 < k < channels else 0.0,
         MASK="mask" in out, TILE=tile, WHOLE=whole, SHIFT=shift, LOWEST=-(1 << (31 - shift)),
         num_warps=config.warps_for(tile),
     )  # fmt: skip
