@@ -142,6 +142,15 @@ def test_top_k_equals_naive(device, dtype, batch, channels):
         assert torch.equal(top_mask(score, k), naive.top_mask(score, k))
 
 
+def test_top_k_of_more_than_a_program_lists(device):
+    torch.manual_seed(0)
+    score = torch.stack([torch.randn(9001, device=device), torch.randn(9001, device=device).round(decimals=1)])
+    for k in (0, 1, 4000, 9001):
+        assert same(top_k(score, k), naive.top_k(score, k)) and torch.equal(
+            top_mask(score, k), naive.top_mask(score, k)
+        )
+
+
 @pytest.mark.parametrize("block", [512, 2048])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_top_k_takes_ties_from_the_left(kernel, device, block, dtype):

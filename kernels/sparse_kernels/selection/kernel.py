@@ -18,6 +18,7 @@ from sparse_kernels.launch import pick, power_of_2, run
 from sparse_kernels.selection.launch import LAUNCH, Scan
 
 PATIENCE = tl.constexpr(24)  # levels that a search tries by interpolation
+LISTED_AT_ONCE = 8192  # channels up to which one program lists the largest faster than many do by a mask
 RECOUNT = 16384  # earlier channels that a program counts per step
 
 
@@ -54,10 +55,10 @@ def list_active(index, k, here, before):
 
 @triton.jit
 def list_kernel(
-    x, threshold, index, count, K, stride,
+    x, threshold, index, count, K, slots, stride,
     COMPARE: tl.constexpr, CHANNELWISE: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """List the active channels of each row of x; a row of programs for each."""
+    """List the active channels of each row of x, at most `slots`; a row of programs for each."""
     start = tl.program_id(0) * BLOCK
     row = tl.program_id(1).to(tl.int64)
     x += row * stride
@@ -72,7 +73,7 @@ def list_kernel(
         earlier += above(tl.load(x + j, mask=j < start, other=0), below, j < start, COMPARE)
     before = tl.sum(earlier, 0)
     here = above(value, limit, k < K, COMPARE)
-    list_active(index + row * K, k, here, before)
+    list_active(index + row * slots, k, here, before)
     if start + BLOCK >= K:
         tl.store(count + row, before + tl.sum(here, 0))
 
@@ -199,6 +200,14 @@ def top_kernel(
             surplus = tl.where(side < 0, surplus * 0.5, surplus)
             side = -1
         tried += 1
+    if MASK:
+        if found == k:  # nobody has to count who comes first among equals
+            for first in range(0, K, TILE):
+                j = first + tl.arange(0, TILE)
+                if not WHOLE:
+                    keys = load_keys(row, j, K, LOWEST, SHIFT)
+                tl.store(mask + b * K + j, (keys >= floor).to(tl.int8), mask=j < K)
+            return
     ties = k - reaching(keys, floor + 1, row, K, TILE, WHOLE, LOWEST, SHIFT)
     larger, equal = 0, 0
     for first in range(0, K, TILE):
@@ -322,9 +331,9 @@ def lists(
     block = max(32, min(config.block, power_of_2(channels)))
     tile = max(block, min(RECOUNT, power_of_2(channels)))
     run(
-        list_kernel, (triton.cdiv(channels, block), batch), x, threshold, index, count, channels, x.stride(0),
-        COMPARE=compare, CHANNELWISE=threshold is not None and threshold.numel() > 1, BLOCK=block, TILE=tile,
-        num_warps=config.warps_for(tile),
+        list_kernel, (triton.cdiv(channels, block), batch), x, threshold, index, count, channels, index.shape[-1],
+        x.stride(0), COMPARE=compare, CHANNELWISE=threshold is not None and threshold.numel() > 1, BLOCK=block,
+        TILE=tile, num_warps=config.warps_for(tile),
     )  # fmt: skip
     return index, count
 
@@ -378,6 +387,8 @@ def union_lists(index: Tensor, count: Tensor, size: int) -> tuple[Tensor, Tensor
 
 def top_k(score: Tensor, k: int, config: Scan | None = None) -> tuple[Tensor, Tensor]:
     index, count = empty_list(k, score.device, score.shape[0])
+    if score.shape[1] > LISTED_AT_ONCE:
+        return lists(top_mask(score, k, config).view(torch.int8), None, "nonzero", index, count)
     top(score, k, config, index=index, count=count)
     return index, count
 
