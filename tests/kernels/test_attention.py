@@ -145,20 +145,22 @@ def test_semaphores_are_left_at_zero(split):
 
 
 @pytest.mark.parametrize(
-    "pairs, listed, expected",
+    "pairs, group, listed, expected",
     [
-        (4, False, "all"),
-        (1024, False, "all"),
-        (133, True, "all"),
-        (132, True, "kept"),
-        (66, True, "kept, halves"),
-        (34, True, "kept, halves"),
-        (33, True, "kept"),
-        (1, True, "kept"),
+        (4, 4, False, "all"),
+        (32, 1, False, "all"),
+        (1024, 1, False, "heads"),
+        (1024, 1, True, "heads"),
+        (1024, 4, True, "all"),
+        (132, 1, True, "kept"),
+        (66, 4, True, "kept, halves"),
+        (34, 1, True, "kept, halves"),
+        (33, 4, True, "kept"),
+        (1, 4, True, "kept"),
     ],
 )
-def test_regimes(pairs, listed, expected):
-    assert regime(pairs, listed, 132) == expected and all(expected in table for table in LAUNCH.values())
+def test_regimes(pairs, group, listed, expected):
+    assert regime(pairs, group, listed, 132) == expected and all(expected in table for table in LAUNCH.values())
 
 
 @pytest.mark.parametrize("heads, groups", [(4, 4), (4, 1)])

@@ -254,7 +254,7 @@ def attention_decode(
     (batch, heads, dim), groups = query.shape, key.shape[1]
     group, slots, device = heads // groups, groups if index is None else index.shape[1], query.device
     pairs = batch * slots
-    config = config or pick(LAUNCH, device)[regime(pairs, index is not None, multiprocessors(device))]
+    config = config or pick(LAUNCH, device)[regime(pairs, group, index is not None, multiprocessors(device))]
     keys, splits = split_for(pairs, key, window, MAX_SPLITS, config)
     width, padded = max(16, power_of_2(dim)), power_of_2(group)
     fused = splits <= FUSED_SPLITS

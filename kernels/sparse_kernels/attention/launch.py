@@ -23,6 +23,7 @@ class Decode:
 # Keyed by `regime`; "token": `token_attention`.
 LAUNCH: dict[int, dict[str, Decode]] = {
     90: {
+        "heads": Decode(keys=128, warps=4, stages=2, programs=1),
         "all": Decode(keys=64, warps=4, stages=4, programs=1),
         "kept": Decode(keys=64, warps=4, stages=5, programs=1),
         "kept, halves": Decode(keys=64, warps=4, stages=2, programs=4),
@@ -35,12 +36,15 @@ ROPE_HEADS = 4  # heads per program of the rotation, one warp each
 ROPE_PARTS = 64  # parts of a head that a program adds at once
 
 
-def regime(pairs: int, listed: bool, multiprocessors: int) -> str:
-    """The regime of so many pairs of a sequence and a KV group, all groups there are or those in its list.
+def regime(pairs: int, group: int, listed: bool, multiprocessors: int) -> str:
+    """The regime of so many pairs of a sequence and a KV group of `group` query heads, all groups or those in its list.
 
-    "halves": where a multiprocessor that runs one program takes about half of a pair's cache.
+    "heads": more single heads than multiprocessors; "halves": where a multiprocessor that runs one program takes about
+    half of a pair's cache.
     """
     splits = multiprocessors // pairs
+    if splits == 0 and group == 1:
+        return "heads"
     if not listed or splits == 0:
         return "all"
     return "kept, halves" if splits in (2, 3) else "kept"
