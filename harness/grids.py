@@ -29,7 +29,8 @@ def grids(groups: Iterable[Group]) -> list[Grid]:
     for found in groups:
         rest = {name: value for name, value in found.setting.items() if name not in ("batch", "context")}
         alike.setdefault(json.dumps([kind(found.machine), rest], sort_keys=True), []).append(found)
-    return [grid for found in alike.values() if (grid := _grid(found)) and not found[0].on_cpu]
+    drawn = [grid for members in alike.values() if (grid := _grid(members)) and not members[0].on_cpu]
+    return sorted(drawn, key=lambda grid: grid.title)
 
 
 def _grid(groups: list[Group]) -> Grid | None:

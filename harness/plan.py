@@ -28,7 +28,7 @@ MAX_BATCH = 64  # rows that the shared kernels take
 # How results are shown does not change what was measured.
 PRESENTATION = frozenset(
     "__main__.py cli.py ls.py report.py board.py claims.py claims.toml orderings.py orderings.toml webpage.py "
-    "compare.py rows.py doubts.py grids.py tables.py plots.py progress.py".split()
+    "compare.py rows.py doubts.py grids.py tables.py plots progress.py".split()
 )
 
 T = TypeVar("T")
@@ -223,7 +223,7 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     for name, folder in (("methods", ROOT / "methods"), ("sparse_kernels", kernels), ("harness", ROOT / "harness")):
         for path in sorted(p for p in folder.rglob("*") if p.suffix in (".py", ".toml")):
-            if name == "harness" and path.parent == folder and path.name in PRESENTATION:
+            if name == "harness" and path.relative_to(folder).parts[0] in PRESENTATION:
                 continue
             digest.update(f"{name}/{path.relative_to(folder).as_posix()}".encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]

@@ -55,6 +55,8 @@ HOW_TO_READ = f"""\
   mark means that the estimate is within the budget but its 95 % interval is not. **Rank** is by speed-up, among cells
   within {BUDGETS[0]:g} % and within {BUDGETS[-1]:g} %; in brackets the places that the speed-ups' intervals allow. The
   losers stay in the table.
+- Figures show steps as shares of the fastest dense step of their own run, so that cells of several machines of a kind
+  can stand in one panel.
 - Differences to dense are paired on the same items or windows, with bootstrap intervals; p is McNemar's.
 - Equal target density is no fair match between methods: compare at equal MB/token or at equal accuracy lost.
 """

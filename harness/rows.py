@@ -311,7 +311,7 @@ def _group(records: list[Record]) -> Group:
     found = Group(
         records[0]["machine"],
         {name: records[0]["cell"].get(name) for name in SHARED},
-        sorted(combine(Row(r, dense.get(r["cell"]["seed"])) for r in measured), key=_order),
+        sorted(combine(Row(r, dense.get(r["cell"]["seed"])) for r in measured), key=order),
         [r for r in records if r["status"] != "ok"],
     )
     rank(found)
@@ -362,7 +362,8 @@ def _mean(values: list[Any]) -> Any:
     return known[-1] if known else values[-1]
 
 
-def _order(row: Row) -> tuple[int, str, str, float]:
+def order(row: Row) -> tuple[int, str, str, float]:
+    """As a table has its rows: dense and null, then by method, options and falling density."""
     place = BASELINES.index(row.method) if row.is_baseline else len(BASELINES)
     return place, row.method, row.options, -(row.target or 0)
 

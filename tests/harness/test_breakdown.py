@@ -86,4 +86,6 @@ def test_the_report_has_a_table_and_bars(tmp_path: Path) -> None:
     (line,) = [line for line in table.splitlines() if "| teal" in line]
     assert [cell.strip() for cell in line.split("|")[1:-1]] == ["teal", "0.5", "0.250", "1.50", "0.125", "9"]
     files = plots.write(groups, tmp_path)
-    assert {f.name for f in files} == {f"{name}.{kind}" for name in ("pareto", "breakdown") for kind in ("png", "svg")}
+    assert {f.name for f in files} == {
+        f"{name}.{kind}" for name in ("pareto", "time", "breakdown") for kind in ("png", "svg")
+    }

@@ -1,0 +1,60 @@
+"""What the figures share: colours and markers, the names of series, axes, legends."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from textwrap import wrap
+from typing import Any
+
+from ..rows import Row
+
+# Okabe and Ito's, and two of Tol's for the methods beyond.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
+MARKERS = "osD^vPX"
+FRONT, NULL = "#bbbbbb", "#777777"
+CROWDED = 9  # variants above which a panel shows each method's best alone, or a method has panels of its own
+BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
+
+
+def styles(series: Iterable[str], kind: Callable[[str], str] = str) -> dict[str, tuple[str, str]]:
+    """A colour for each kind of name and a marker for each name of it; a second round of colours has other markers."""
+    of_kind: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(series):
+        of_kind[kind(name)].append(name)
+    n, found = len(COLOURS), {}
+    for i, names in enumerate(of_kind[key] for key in sorted(of_kind)):
+        for j, name in enumerate(names):
+            found[name] = COLOURS[i % n], MARKERS[(i + i // n + j) % len(MARKERS)]
+    return found
+
+
+def method(row: Row) -> str:
+    return row.method
+
+
+def variant(row: Row) -> str:
+    return f"{row.method} ({row.options})" if row.options else row.method
+
+
+def first_word(name: str) -> str:
+    """The method of a row's name."""
+    return name.split()[0]
+
+
+def plain(axis: Any) -> None:
+    """Without a box, over a faint grid."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(alpha=0.2, linewidth=0.5)
+
+
+def titled(axis: Any, width: int, *texts: str) -> None:
+    """Lines of at most `width` characters above the left end."""
+    axis.set_title("\n".join(part for text in texts for part in wrap(text, width)), loc="left", fontsize=8.5)
+
+
+def legend(axis: Any, axes: Iterable[Any], size: float = 7.5, ordered: bool = False) -> None:
+    """Beside `axis`, of what any of the axes shows."""
+    named = {label: h for a in axes for h, label in zip(*a.get_legend_handles_labels(), strict=True)}
+    names = sorted(named) if ordered else list(named)
+    axis.legend([named[name] for name in names], names, fontsize=size, **BESIDE)
