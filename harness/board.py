@@ -13,19 +13,10 @@ from methods.errors import UsageError
 
 from . import machine, store
 from .doubts import doubts_of
+from .formats import NONE, github, number
 from .plan import BASELINES
 from .rows import BUDGETS, LORA, SHARED, Group, Row, combine, group, rank
-from .tables import (
-    NONE,
-    Column,
-    cost_columns,
-    dense_baselines,
-    fidelity_columns,
-    github,
-    markdown,
-    number,
-    predictor_means,
-)
+from .tables import Column, cost_columns, dense_baselines, fidelity_columns, markdown, predictor_means
 
 PRIVATE = "local"  # the user's own results, which no committed page may depend on
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from . import stats, store
+from .formats import NONE, github
 from .rows import SETTING, Group, Row, combine
-from .tables import NONE, github
 
 PAGE = "CLAIMS.md"
 DATA = Path(__file__).with_name("claims.toml")

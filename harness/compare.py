@@ -13,9 +13,10 @@ from methods.errors import UsageError
 
 from . import machine, stats, store
 from .doubts import disturbances
+from .formats import NONE, interval, number
 from .rows import SETTING, Row, is_share
 from .store import Record
-from .tables import NONE, Column, interval, number, terminal
+from .tables import Column, terminal
 
 WIDTH = 120
 SHOWN_MISSING = 20

@@ -14,8 +14,8 @@ from methods.errors import UsageError
 from methods.registry import create
 
 from . import stats
+from .formats import github
 from .rows import Group, Row
-from .tables import github
 
 DATA = Path(__file__).with_name("orderings.toml")
 VERDICTS = ("seen", "open", "reversed")

@@ -28,7 +28,7 @@ MAX_BATCH = 64  # rows that the shared kernels take
 # How results are shown does not change what was measured.
 PRESENTATION = frozenset(
     "__main__.py cli.py ls.py report.py board.py claims.py claims.toml orderings.py orderings.toml webpage.py "
-    "compare.py rows.py doubts.py grids.py tables.py plots progress.py".split()
+    "compare.py rows.py doubts.py grids.py tables.py formats.py plots progress.py".split()
 )
 
 T = TypeVar("T")

@@ -14,6 +14,7 @@ from methods.errors import UsageError
 
 from . import board, claims, machine, orderings, store
 from .doubts import doubts_of
+from .formats import github
 from .grids import grids
 from .rows import BUDGETS, Group, group
 from .store import Record
@@ -21,7 +22,6 @@ from .tables import (
     breakdown_columns,
     cost_columns,
     dense_baselines,
-    github,
     grid_table,
     markdown,
     predictor_columns,

@@ -14,7 +14,7 @@ from methods.artifact import fingerprint
 from methods.base import Progress
 from methods.registry import create
 from methods.runtime import why_not
-from sparse_kernels.layers import Union
+from sparse_kernels.meter import Union
 
 from . import artifacts, checks, cost, fidelity, latency, models, prefill
 from .corpus import Corpus, load_corpus, token_windows

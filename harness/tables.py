@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .formats import NONE, count, github, interval, number, percent
 from .grids import Grid
 from .rows import BUDGETS, PREDICTED, Group, Row, is_share
-from .stats import Interval
 
-NONE = "–"
-WIDE = 240  # characters of a line
 SITE_ORDER = ("q", "k", "v", "o", "gate", "up", "down", "ffn")
 
 PREDICTOR_MEASURES = ("recall", "recall"), ("precision", "precision"), ("predicted density", "predicted")
@@ -242,18 +240,6 @@ def markdown(columns: Sequence[Column], rows: Iterable[Row]) -> str:
     return github([column.title for column in columns], body)
 
 
-def github(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:
-    """A GitHub table from finished texts."""
-    from tabulate import tabulate
-
-    cells = [[text.replace("|", "\\|").replace("\n", " ") for text in line] for line in body]
-    table: str = tabulate(cells, list(titles), tablefmt="github", disable_numparse=True)
-    if table.find("\n") <= WIDE:
-        return table
-    # Padding serves who reads the text: not in lines that no screen holds, where it is half of the file.
-    return "\n".join(f"| {' | '.join(line)} |" for line in ([*titles], ["---"] * len(titles), *cells))
-
-
 def grid_table(grid: Grid) -> str:
     """Speed-up and verdict of every method, by batch and context."""
     places = sorted({p for found in grid.speedups.values() for p in found}, key=lambda place: place[::-1])
@@ -310,31 +296,6 @@ def ranked(row: Row, budget: float) -> str:
     if found is None:
         return NONE
     return str(found.place) if found.best == found.worst else f"{found.place} ({found.best}–{found.worst})"
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Significant digits: 0.0120, 1.23, 13,262; an exponent only below 0.0001."""
-    if value is None:
-        return NONE
-    return f"{value:,.0f}" if value == 0 or abs(value) >= 10 ** (digits - 1) else f"{value:#.{digits}g}"
-
-
-def percent(value: float | None) -> str:
-    return NONE if value is None else f"{100 * value:.3g} %"
-
-
-def count(value: float | None) -> str:
-    """Tokens: 512, 96 k, 1.3 M, 1.2 G."""
-    if value is None:
-        return NONE
-    for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
-        if value >= unit:
-            return f"{value / unit:.3g}{name}"
-    return f"{value:.0f}"
-
-
-def interval(value: Interval | None) -> str:
-    return NONE if value is None else f"{value.estimate:.3f} [{value.low:.3f}, {value.high:.3f}]"
 
 
 def _per(value: float | None, unit: float) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-    from sparse_kernels.layers import Meter, Phase
+    from sparse_kernels.meter import Meter, Phase
     from sparse_kernels.selectors import Tap
 
 
@@ -186,7 +186,8 @@ class SparseModel:
     """A model with a method attached: which positions are sparse, what was active, and how to take it off again."""
 
     def __init__(self, model: PreTrainedModel, artifact: Artifact, method: Method, mode: str = "decode") -> None:
-        from sparse_kernels.layers import Meter, Phase, SparseLayer
+        from sparse_kernels.layers import SparseLayer
+        from sparse_kernels.meter import Meter, Phase
 
         self.model, self.artifact, self.method, self.mode = model, artifact, method, mode
         self.fraction = parse_mode(mode)

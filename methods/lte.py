@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from sparse_kernels.layers import ExpertFFN, Meter, Phase
+    from sparse_kernels.layers import ExpertFFN
+    from sparse_kernels.meter import Meter, Phase
     from sparse_kernels.selectors import Selector
 
     from .families import Block

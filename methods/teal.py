@@ -164,7 +164,8 @@ class _BlockError:
     def __init__(self, block: Any, hidden: Tensor, kwargs: dict[str, Any], curves: dict[str, Tensor]) -> None:
         import torch
 
-        from sparse_kernels.layers import Meter, Phase, SparseLinear
+        from sparse_kernels.layers import SparseLinear
+        from sparse_kernels.meter import Meter, Phase
 
         self.block, self.hidden, self.kwargs, self.curves = block, hidden, kwargs, curves
         self.dense = block.module(hidden, **kwargs)

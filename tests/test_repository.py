@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -20,6 +21,13 @@ def test_a_clone_stays_light() -> None:
     assert pictures < 1e6 and sum(sizes.values()) - pictures < 36e6
     models = [p for p in sizes if p.name == "model.safetensors"]
     assert len(models) == 2 and all(sizes[p] < 16e6 for p in models)
+
+
+def test_what_is_installed_is_all_packages() -> None:
+    listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    roots = [ROOT / "kernels" / "sparse_kernels", ROOT / "methods", ROOT / "harness"]
+    found = {".".join(p.parent.relative_to(root.parent).parts) for root in roots for p in root.rglob("__init__.py")}
+    assert listed == found
 
 
 def test_no_file_is_a_pickle() -> None:

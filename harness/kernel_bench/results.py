@@ -15,7 +15,7 @@ from typing import Any
 from methods.errors import UsageError
 
 from .. import machine
-from ..tables import NONE, github, number, percent
+from ..formats import NONE, github, number, percent
 
 PAGE = "KERNELS.md"
 

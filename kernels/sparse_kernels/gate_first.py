@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ACTIVATIONS, gated_ffn, input_linear, router_scores, statistical_top_k
-from .layers import Meter, Phase, SparseLayer
+from .layers import SparseLayer
+from .meter import Meter, Phase
 from .selection.naive import statistical_threshold
 
 SCORES = ("value", "magnitude", "output")

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from . import threshold_linear
 from .input_linear.launch import crowded
-from .layers import Meter, Phase, SparseLayer
+from .layers import SparseLayer
+from .meter import Meter, Phase
 from .selectors import Selector
 
 

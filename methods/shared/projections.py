@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from sparse_kernels.layers import ExpertFFN, Meter, Phase
+from sparse_kernels.layers import ExpertFFN
+from sparse_kernels.meter import Meter, Phase
 from sparse_kernels.selectors import Selector
 
 from ..base import Attachment, Progress, silent

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, apply_rotary_pos_emb, repeat_kv
 
 from sparse_kernels import gaussian_multiplier, spark_attention_decode, spark_attention_multipliers
-from sparse_kernels.layers import Meter, Phase, SparseLayer
+from sparse_kernels.layers import SparseLayer
+from sparse_kernels.meter import Meter, Phase
 from sparse_kernels.selection.naive import wide
 from sparse_kernels.spark_attention.cost import share as read_share
 from sparse_kernels.spark_attention.naive import attended_to, multipliers, scores, spark_attention

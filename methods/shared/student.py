@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from sparse_kernels.layers import ExpertFFN, Meter, Phase
+from sparse_kernels.layers import ExpertFFN
+from sparse_kernels.meter import Meter, Phase
 
 from ..artifact import fingerprint
 from ..base import Data, Method, Progress

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harness import grids, plots, report, rows, store, tables
+from harness import formats, grids, plots, report, rows, store, tables
 from harness.doubts import doubts_of
 from harness.plots import style, time
 from methods.errors import UsageError
@@ -275,7 +275,7 @@ def test_failed_and_not_applicable_cells_are_listed_with_their_reason() -> None:
 def test_missing_parts_are_dashes() -> None:
     bare = record("teal", 0.5, latency=None, fidelity=None, accuracy={}, items={}, cost={}, prepare=None)
     bare["density"] = None
-    assert tables.NONE in page([record(), bare])
+    assert formats.NONE in page([record(), bare])
 
 
 def test_warnings() -> None:
@@ -402,4 +402,4 @@ def test_front() -> None:
     ("value", "text"), [(None, "–"), (0, "0"), (0.02, "0.0200"), (1.234, "1.23"), (13.26, "13.3"), (13262.4, "13,262")]
 )
 def test_number(value: float | None, text: str) -> None:
-    assert tables.number(value) == text
+    assert formats.number(value) == text

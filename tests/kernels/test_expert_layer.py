@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from sparse_kernels import gaussian_multiplier
-from sparse_kernels.layers import ExpertFFN, Meter, Phase
+from sparse_kernels.layers import ExpertFFN
+from sparse_kernels.meter import Meter, Phase
 from sparse_kernels.selectors import BatchRouter, Oracle, Router, Tap
 
 WIDTH, UNITS, SIZE = 40, 6, 16

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparse_kernels import ACTIVATIONS, gaussian_multiplier
 from sparse_kernels.gate_first import GateFirstFFN
-from sparse_kernels.layers import Meter, Phase
+from sparse_kernels.meter import Meter, Phase
 
 WIDTH, NEURONS, SPLIT = 40, 96, 16
 # score, soft, gated, split, activation

@@ -6,7 +6,7 @@ from torch import nn
 
 from sparse_kernels import to_mask
 from sparse_kernels.heads import SelectiveHeads
-from sparse_kernels.layers import Meter, Phase
+from sparse_kernels.meter import Meter, Phase
 from sparse_kernels.selectors import Oracle, Router, Tap
 
 GROUPS, SIZE, WIDTH, OUT = 4, 6, 20, 10

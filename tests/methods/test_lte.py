@@ -18,7 +18,8 @@ from methods.shared.search import search
 from methods.shared.selection import expert_usage, mean_density
 from methods.shared.student import Student, Tuning
 from methods.shared.training import train
-from sparse_kernels.layers import ExpertFFN, Meter, Phase
+from sparse_kernels.layers import ExpertFFN
+from sparse_kernels.meter import Meter, Phase
 from sparse_kernels.selectors import Router
 from tests.methods.models import MODELS, data, llama, opt, windows
 

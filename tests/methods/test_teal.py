@@ -109,7 +109,8 @@ def test_block_calls_replay_the_model(make: object) -> None:
 
 
 def test_threshold_is_strict_and_lower_density_keeps_less() -> None:
-    from sparse_kernels.layers import Meter, Phase, SparseLinear
+    from sparse_kernels.layers import SparseLinear
+    from sparse_kernels.meter import Meter, Phase
 
     phase = Phase()
     phase.active = True
