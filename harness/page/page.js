@@ -60,6 +60,8 @@ const CROWDED = 10;
 const one = () => state.method !== "all";
 const charted = (found) => found.filter((row) => row.baseline || (one() ? row.method === state.method : !row.control));
 const crowded = (found) => !one() && unique(found.map(named)).length > CROWDED;
+/** A step's time over the fastest dense step of the same run: what cells of several machines of a kind can share. */
+const share = (row) => (row.method === "dense" ? (row.ms === null ? null : 1) : row.speedup ? 1 / row.speedup[0] : null);
 const keyed = (row) => (one() ? named(row) : row.method);
 
 // ---- filters, kept in the address so that a view can be linked
@@ -144,8 +146,8 @@ function columnWidth(place) {
 }
 
 /** Scatter and lines. series: [{ key, name, points: [{ x, y, low, high, label, title }], line, dash, markers, shade }];
- * shade: between low and high, in place of a bar at every point. */
-function chart(place, { title, x, y, series, front, budgets, unity }) {
+ * shade: between low and high, in place of a bar at every point; diagonal: where y is x. */
+function chart(place, { title, x, y, series, front, budgets, unity, diagonal }) {
   const width = columnWidth(place), height = 320;
   const box = { left: 62, right: width - 18, top: 14, bottom: height - 44 };
   const points = series.flatMap((s) => s.points);
@@ -170,6 +172,10 @@ function chart(place, { title, x, y, series, front, budgets, unity }) {
   add("text", { transform: `translate(12,${(box.top + box.bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, y.label);
   for (const level of unity ? [1] : budgets ?? []) {
     add("line", { class: "budget", x1: box.left, x2: box.right, y1: ys.map(level), y2: ys.map(level) });
+  }
+  if (diagonal) {
+    const end = Math.min(...["x", "y"].map((side) => Math.max(...points.map((p) => p[side]))));
+    add("line", { class: "diagonal", x1: xs.map(0), y1: ys.map(0), x2: xs.map(end), y2: ys.map(end) });
   }
   if (front) {
     const edge = best(points.filter((p) => p.counts));
@@ -248,7 +254,7 @@ function drawPareto(all) {
   const place = at("pareto"), found = charted(all);
   place.replaceChildren();
   const lost = (row) => (row.method === "dense" ? 0 : row.loss ? row.loss[0] : null);
-  const timed = !found.some((row) => row.cpu);
+  const timed = !found.some((row) => row.cpu), step = "decode step ÷ fastest dense";
   const panel = (title, label, value) => {
     const shown = found.filter((row) => lost(row) !== null && value(row) !== null);
     if (!shown.some((row) => !row.baseline)) return;
@@ -259,13 +265,13 @@ function drawPareto(all) {
     });
   };
   panel("Accuracy lost against bytes", "MB read per decoded token", (row) => row.mb);
-  if (timed) panel("Accuracy lost against latency", "ms per decode step", (row) => row.ms);
-  const cells = found.filter((row) => row.mb !== null && row.ms !== null);
+  if (timed) panel("Accuracy lost against latency", step, share);
+  const cells = found.filter((row) => row.mb !== null && row.mbDense && share(row) !== null);
   if (timed && cells.length) {
-    const point = (row) => ({ x: row.mb, y: row.ms, label: target(row), title: told(row) });
+    const point = (row) => ({ x: row.mb / row.mbDense, y: share(row), label: target(row), title: told(row) });
     chart(place, {
-      title: "Latency against bytes", series: series(cells, point),
-      x: { kind: "linear", label: "MB read per decoded token" }, y: { kind: "linear", label: "ms per decode step", zero: true },
+      title: "Latency against bytes", series: series(cells, point), unity: true, diagonal: true,
+      x: { kind: "linear", label: "bytes read per token ÷ dense", zero: true }, y: { kind: "linear", label: step, zero: true },
     });
   }
   if (!place.children.length) empty(place, "Nothing to draw for this choice.");
@@ -344,26 +350,26 @@ function drawLayers(found) {
 function drawTime(found) {
   const place = at("time");
   place.replaceChildren();
-  const shown = charted(found).filter((row) => row.time && chosen(row));
+  const shown = charted(found).filter((row) => row.time && share(row) !== null && chosen(row));
   if (!shown.length) return empty(place, "No step of this choice was traced.");
   const kinds = unique(shown.flatMap((row) => Object.keys(row.time)));
   const colour = (kind) => (kind === "idle" ? "var(--line)" : COLOURS[kinds.indexOf(kind) % COLOURS.length]);
-  const total = Math.max(...shown.map((row) => Object.values(row.time).reduce((a, b) => a + b, 0)));
+  const sum = (row) => Object.values(row.time).reduce((a, b) => a + b, 0);
+  const dense = (row) => row.ms / share(row), total = Math.max(...shown.map((row) => sum(row) / dense(row)));
   const width = Math.max(280, Math.min(place.clientWidth, 900)), height = 24;
   const left = 8 + 7 * Math.max(...shown.map((row) => row.label.length));
   const bars = shown.map((row) => {
-    const sum = Object.values(row.time).reduce((a, b) => a + b, 0);
     const text = `${row.label}: ${kinds.map((kind) => `${kind} ${number(row.time[kind])}`).join(", ")} ms`;
     const svg = make("svg:svg", { viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": text, style: `max-width:${width}px` });
     svg.append(make("svg:text", { x: 0, y: 16 }, row.label, make("svg:title", {}, row.options)));
     let x = left;
     for (const kind of kinds) {
-      const own = ((row.time[kind] ?? 0) / total) * (width - left - 70);
+      const own = ((row.time[kind] ?? 0) / dense(row) / total) * (width - left - 70);
       const bar = { x, y: 3, width: own, height: 18, style: `fill:${colour(kind)}` };
       svg.append(make("svg:rect", bar, make("svg:title", {}, `${kind}: ${number(row.time[kind])} ms`)));
       x += own;
     }
-    svg.append(make("svg:text", { x: x + 6, y: 16 }, `${number(sum)} ms`));
+    svg.append(make("svg:text", { x: x + 6, y: 16 }, `${number(sum(row))} ms`));
     return svg;
   });
   const entries = kinds.map((kind) => make("li", {}, make("svg:svg", { viewBox: "0 0 14 14", "aria-hidden": "true" }, make("svg:rect", { width: 14, height: 14, style: `fill:${colour(kind)}` })), kind));
