@@ -287,7 +287,7 @@ def is_share(task: dict[str, Any]) -> bool:
 
 
 def group(records: Iterable[Record]) -> list[Group]:
-    """Records by place and setting, in order of first appearance; rows by method, then falling density.
+    """Records by place and setting, by model, mode, batch and context; rows by method, then falling density.
 
     Cells without latency join the timed ones of their setting, where all these are of one machine.
     """
@@ -302,7 +302,13 @@ def group(records: Iterable[Record]) -> list[Group]:
             by_place.setdefault(place(record), []).append(record)
         of_one = len({place(record) for record in members if record["cell"].get("timed", True)}) <= 1
         found += [members] if of_one else by_place.values()
-    return [_group(members) for members in found]
+    return sorted((_group(members) for members in found), key=_setting_order)
+
+
+def _setting_order(found: Group) -> tuple[Any, ...]:
+    """What has an accuracy first, and the mode that is the default."""
+    s = found.setting
+    return found.synthetic, s["model"], s["mode"] != "decode", s["batch"], s["context"]
 
 
 def _group(records: list[Record]) -> Group:
