@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..rows import Group, Row
-from .style import CROWDED, first_word, legend, plain, styles, titled, variant
+from .style import CROWDED, first_word, plain, styles, titled, variant
 
 
 def with_profiles(groups: Sequence[Group]) -> list[tuple[Group, list[Row]]]:
@@ -33,10 +33,12 @@ def profiles(parts: list[tuple[Group, list[Row]]]) -> Any:
     from matplotlib import pyplot as plt
 
     everywhere = styles({variant(row) for _, rows in parts for row in rows}, first_word)
+    # The last column is the legends'.
     columns = 2 + any("histogram" in row.ffn for _, rows in parts for row in rows)
-    size = (4.8 * columns + 2.4, 3.9 * len(parts))
-    figure, axes = plt.subplots(len(parts), columns, figsize=size, squeeze=False, layout="constrained")
-    for (left, right, *last), (group, rows) in zip(axes, parts, strict=True):
+    size = (4.6 * columns + 3.4, 3.7 * len(parts))
+    grid: dict[str, Any] = dict(figsize=size, squeeze=False, layout="constrained", width_ratios=[4.6] * columns + [3.4])
+    figure, axes = plt.subplots(len(parts), columns + 1, **grid)
+    for (left, right, *last, beside), (group, rows) in zip(axes, parts, strict=True):
         several = len({row.method for row in rows}) > 1
         own = everywhere if several else styles(map(variant, rows))
         for row in rows:
@@ -53,9 +55,9 @@ def profiles(parts: list[tuple[Group, list[Row]]]) -> Any:
             if counts := ffn.get("histogram"):
                 shares = [n / (len(counts) - 1) for n in range(len(counts))]
                 last[0].step(shares, [n / sum(counts) for n in counts], where="mid", color=colour, linewidth=1.3)
-        left.set_xlabel("layer (shade: 10th to 90th percentile over tokens)")
+        left.set_xlabel("layer (shade: 10th to 90th percentile of tokens)")
         left.set_ylabel("density of FFN")
-        right.set_xlabel("sequences decoded together (dotted: independent choices)")
+        right.set_xlabel("sequences together (dotted: independent choices)")
         right.set_ylabel("density of their union")
         right.set_xscale("log", base=2)
         right.set_xticks(ticks := sorted({int(n) for row in rows for n in row.ffn.get("unions", {})}), map(str, ticks))
@@ -69,7 +71,7 @@ def profiles(parts: list[tuple[Group, list[Row]]]) -> Any:
             axis.set_visible(bool(axis.lines))
             plain(axis)
         left.xaxis.get_major_locator().set_params(integer=True)
-        beside = [axis for axis in (left, right, *last) if axis.get_visible()][-1]
-        legend(beside, [left], size=7)
+        beside.set_axis_off()
+        beside.legend(*left.get_legend_handles_labels(), fontsize=7, frameon=False, loc="upper left", borderaxespad=0)
         titled(left, 100, group.title)
     return figure

@@ -32,7 +32,7 @@ def test_curves_and_profiles_are_drawn_where_records_have_them(tmp_path: Any, mo
     assert "](quality.svg)" in page and "](density.svg)" in page
     groups = rows.group(store.load(tmp_path))
     ((_, shown),) = profiles = plots.density.with_profiles(groups)
-    assert len(plots.density.profiles(profiles).axes) == 2
+    assert len(plots.density.profiles(profiles).axes) == 3  # one is the legend's
     shown[0].ffn["histogram"] = [10, 0, 30]
     by_token = plots.density.profiles(profiles).axes[2]
     assert [list(line.get_ydata()) for line in by_token.lines] == [[0.25, 0, 0.75]]
