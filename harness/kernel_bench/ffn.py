@@ -127,7 +127,7 @@ def _expert_ffn(shape: Shape, batch: int, density: float, draw: Draw) -> Copy:
     return Copy(
         run=lambda: expert_ffn(
             x, weights.gate, weights.up, weights.down_t, None, weights.up_bias, weights.down_bias,
-            score, threshold, shape.activation,
+            score, threshold, shape.activation, density,
         ),
         reference=lambda: weights.reference(x, mask.repeat_interleave(EXPERT, 1)),
         bytes=round(cost.ffn_bytes(*_sizes(shape, x), union, x.element_size())),

@@ -141,6 +141,11 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         kernel[grid](*args, **options)
 
 
+def union(density: float, rows: int) -> float:
+    """The share of units that any of some rows needs, where each keeps `density` of them by a choice of its own."""
+    return 1 - (1 - density) ** rows
+
+
 def require(condition: bool, sentence: str, *values: Any) -> None:
     """Raise ValueError with the sentence, its {} filled with the values, unless the condition holds."""
     if not condition:  # formatted only here, since every call of an operator passes through

@@ -6,7 +6,8 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_kernels import ACTIVATIONS, compact, expert_ffn, expert_ffn_prefill, expert_hidden, input_linear
-from sparse_kernels.expert_ffn import cost, naive
+from sparse_kernels.expert_ffn import cost, naive, op
+from sparse_kernels.expert_ffn.launch import crowded
 
 WIDTH = 72
 
@@ -92,6 +93,20 @@ def test_expert_ffn_equals_naive(device, batch, gated, active):
     weights = double(x, gate, up, down_t, gate_bias, up_bias, down_bias)
     expected = naive.expert_ffn(*weights, score, threshold, "silu")
     assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().mean().item())
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_rows_that_need_most_blocks_between_them_are_multiplied_densely(device, gated, monkeypatch):
+    x, gate, up, gate_bias, up_bias, score, threshold = make(6, 4, 32, gated, True, device)
+    gate, up = (None if w is None else w.nan_to_num(0.5) for w in (gate, up))
+    weights = x, gate, up, torch.randn(128, 50, device=device), gate_bias, up_bias, torch.randn(50, device=device)
+    expected = naive.expert_ffn(*double(*weights), score, threshold, "silu")
+    monkeypatch.setattr(op, "compact", None)  # nobody lists anything
+    y = expert_ffn(*weights, score, threshold, "silu", density=0.5)
+    assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().mean().item())
+    with pytest.raises(TypeError):
+        expert_ffn(*weights, score, threshold, "silu", density=0.2)
+    assert not crowded(0.5, 1) and not crowded(None, 6) and not crowded(0.5, 2) and crowded(0.5, 3)
 
 
 def test_naive_is_a_dense_ffn_when_everything_is_selected():

@@ -1,6 +1,7 @@
 """Work of feed-forward networks on blocks of neurons; density is the share of the blocks a row computes."""
 
-from sparse_kernels.neuron_ffn.cost import ffn_bytes, ffn_flops, union
+from sparse_kernels.launch import union
+from sparse_kernels.neuron_ffn.cost import ffn_bytes, ffn_flops
 
 
 def expert_flops(batch: int, width: int, out: int, neurons: int, gated: bool = True, density: float = 1.0) -> float:

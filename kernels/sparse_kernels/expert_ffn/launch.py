@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from sparse_kernels.launch import union
+
 
 @dataclass(frozen=True)
 class Routed:
@@ -28,6 +30,11 @@ LAUNCH = {
 # Up to so many rows: above this share of the neurons a batch is served no faster than by dense matrices (measured for
 # 11008 gated and 16384 ungated neurons of width 4096, docs/kernels.md).
 CROSSOVER = {16: 0.8, 32: 0.5, 64: 0.45}
+
+
+def crowded(density: float | None, rows: int) -> bool:
+    """Whether rows that keep `density` of the neurons each need so many between them that dense products are faster."""
+    return rows > 1 and density is not None and union(density, rows) > crossover(rows)
 
 
 def crossover(rows: int) -> float:

@@ -2,9 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from sparse_kernels.expert_ffn import naive
+from sparse_kernels.expert_ffn.launch import crowded
 from sparse_kernels.input_linear.op import input_linear
 from sparse_kernels.launch import (
     DTYPES,
@@ -72,17 +74,28 @@ def expert_ffn(
     score: Tensor,
     threshold: Tensor,
     activation: str,
+    density: float | None = None,
 ) -> Tensor:
     """Run an FFN on the blocks of neurons whose score is above the threshold.
 
     down_t: [F, d_out], the down projection transposed, contiguous rows; down_bias: [d_out] or None; the rest as in
     `expert_hidden`. Rows of a batch share one list, the union of theirs; each row still skips its own blocks. One row
-    is a `neuron_ffn` on groups of neurons.
+    is a `neuron_ffn` on groups of neurons. density: the share of the blocks that a row is expected to keep, if known:
+    where rows are expected to need most of them between them, dense products of all blocks take the place of the list.
     Returns y [B, d_out] in x's dtype. Raises ValueError outside the domain of `expert_hidden` and `input_linear`.
 
     Blocks of 32 neurons with a router follow LTE (Zheng et al., 2024, arXiv:2402.06126).
     """
+    require_input(x)
+    require_hidden(x, gate, up, gate_bias, up_bias, activation)
     require_score(score, threshold, x, up.shape[0])
+    if crowded(density, x.shape[0]):
+        require_down(x, up.shape[0], down_t, down_bias)
+        first, second = F.linear(x, up, up_bias), None
+        if gate is not None:
+            first, second = F.linear(x, gate, gate_bias), first
+        h = torch.ops.sparse_kernels.glu(first, second, activation, score, threshold, None)
+        return F.linear(h, down_t.t(), down_bias)
     index, count = compact(score, threshold, magnitude=False)
     block = up.shape[0] // score.shape[1]
     if x.shape[0] == 1:

@@ -4,7 +4,17 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
-from sparse_kernels.launch import Launch, Rows, interpreting, multiprocessors, padded_batch, pick, power_of_2, row_bytes
+from sparse_kernels.launch import (
+    Launch,
+    Rows,
+    interpreting,
+    multiprocessors,
+    padded_batch,
+    pick,
+    power_of_2,
+    row_bytes,
+    union,
+)
 
 NARROW = 8192  # outputs below which the grid needs narrow tiles to fill the GPU without many splits
 STATS_TILE = 64  # columns of a tile of statistics, and of the kernel that adds partials
@@ -103,11 +113,6 @@ def masked_grid(channels: int, widths: list[int], device: torch.device, config: 
 
 # Above this share of the channels a batch streams weights no faster than cuBLAS (measured at batch 2 to 16).
 CROSSOVER = 0.6
-
-
-def union(density: float, batch: int) -> float:
-    """The expected share of channels that any of `batch` independent rows keeps."""
-    return 1 - (1 - density) ** batch
 
 
 def crowded(density: float | None, batch: int) -> bool:

@@ -1,11 +1,6 @@
 """Work of feed-forward networks that skip neurons; density is the share of the neurons that are computed."""
 
 
-def union(density: float, batch: int) -> float:
-    """Share of the neurons that any of `batch` rows needs, each row choosing for itself: 1 - (1 - density)^batch."""
-    return 1 - (1 - density) ** batch
-
-
 def ffn_flops(batch: int, width: int, out: int, neurons: int, gated: bool = True, density: float = 1.0) -> float:
     """Multiplications and additions of the matrices; density is that of the list, which every row computes."""
     return 2 * batch * density * neurons * ((1 + gated) * width + out)
