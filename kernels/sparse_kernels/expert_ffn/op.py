@@ -7,6 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from sparse_kernels.expert_ffn import naive
 from sparse_kernels.expert_ffn.launch import crowded
+from sparse_kernels.glue.op import glu
 from sparse_kernels.input_linear.op import input_linear
 from sparse_kernels.launch import (
     DTYPES,
@@ -94,7 +95,8 @@ def expert_ffn(
         first, second = F.linear(x, up, up_bias), None
         if gate is not None:
             first, second = F.linear(x, gate, gate_bias), first
-        h = torch.ops.sparse_kernels.glu(first, second, activation, score, threshold, None)
+        h = glu(first, second, activation, score=score, limit=threshold)
+        assert isinstance(h, Tensor)  # no list was asked for
         return F.linear(h, down_t.t(), down_bias)
     index, count = compact(score, threshold, magnitude=False)
     block = up.shape[0] // score.shape[1]
