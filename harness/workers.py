@@ -16,6 +16,7 @@ from time import monotonic
 
 from methods.errors import UsageError
 
+from .cells import measure as one_by_one
 from .plan import BASELINES, Cell
 
 
@@ -64,7 +65,6 @@ def _work(cells: list[Cell], out: str, source: str, here: str, threads: int) -> 
     import torch
 
     from . import store
-    from .run import measure as one_by_one
 
     torch.set_num_threads(threads)
     lost = []

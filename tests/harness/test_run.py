@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from harness import cli, fidelity, latency, store, workers
+from harness.cells import measure
 from harness.plan import add_run_arguments, build_plan
-from harness.run import measure
 from methods import load_artifact
 
 METHODS = "teal:allocation=uniform,lte:stage1_steps=2:stage2_steps=1:trials=1:batch=2"

@@ -1,0 +1,77 @@
+"""Cells to records, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from itertools import groupby
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from methods.errors import UsageError
+
+from . import plan
+from .plan import Cell
+
+if TYPE_CHECKING:
+    from .progress import Display
+    from .session import Session
+
+
+def measure(cells: list[Cell], source: str, here: str, quiet: bool = False) -> Iterator[dict[str, Any]]:
+    """A record per cell, as soon as it is known; one model is in memory at a time."""
+    from . import machine
+    from .progress import Display
+
+    git = plan.git_state()
+
+    def same_model(cell: Cell) -> tuple[Any, ...]:
+        return cell.model, cell.weights, cell.device, cell.dtype, cell.corpus, cell.seed, cell.limit
+
+    with Display([0.1 if cell.not_applicable else 1.0 for cell in cells], quiet) as display:
+        for _, group in groupby(cells, same_model):
+            session: Session | None = None
+            together = list(group)
+            for cell in together:
+                record: dict[str, Any] = {
+                    "key": cell.cell_key(source, here),
+                    "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                    "cell": cell.to_dict(),
+                    "source": source,
+                    "git": git,
+                }
+                start = perf_counter()
+                with display.cell(cell.label):
+                    result, session = _measure_cell(cell, together, session, display)
+                record["seconds"] = round(perf_counter() - start, 2)
+                record |= {"machine": machine.describe(cell.device), **result}
+                yield record
+            if session is not None:
+                session.close()
+
+
+def _measure_cell(
+    cell: Cell, together: list[Cell], session: Session | None, display: Display
+) -> tuple[dict[str, Any], Session | None]:
+    """The result of one cell; a failure becomes part of the record, so that the other cells still run."""
+    if cell.not_applicable:
+        return {"status": "not-applicable", "error": cell.not_applicable}, session
+    from .session import Session
+
+    if session is None:
+        session = Session(together, display)  # what is wrong with its files is found here, and ends the run
+    try:
+        result = session.measure(cell)
+        for kind in ("notes", "warnings"):
+            for text in result["artifact"]["manifest"].get(kind) or ():
+                display.say(f"  {cell.label}: {text}")
+        return {"status": "ok", "error": None, **result}, session
+    except UsageError as error:
+        display.say(f"  {cell.label} failed: {error}")
+        return {"status": "failed", "error": str(error)}, session
+    except Exception as error:  # out of memory, a kernel that does not compile: recorded, and the next cell goes on
+        import traceback
+
+        text = "".join(traceback.format_exception(error)[-3:])
+        display.say(f"  {cell.label} failed: {type(error).__name__}: {error}")
+        return {"status": "failed", "error": f"{type(error).__name__}: {error}", "traceback": text}, session
