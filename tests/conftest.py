@@ -15,6 +15,7 @@ import torch
 KERNEL_MODULES = (
     "selection.kernel",
     "selection.score",
+    "selection.top",
     "glue.kernel",
     "input_linear.kernel",
     "input_linear.row",

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ACTIVATIONS, expert_ffn_prefill, expert_hidden, glu, input_linear, neuron_ffn, threshold_linear
+from . import ACTIVATIONS, expert_ffn_prefill, expert_hidden, input_linear, neuron_ffn, threshold_linear
 from .expert_ffn.launch import crowded
+from .expert_ffn.op import chosen_hidden
 from .meter import Meter, Phase
 from .neuron_ffn.launch import takes_rows
 from .selectors import Selector
@@ -273,15 +274,14 @@ class ExpertFFN(SparseLayer):
         if selector.shared:
             _, _, index, self.count = selector.select(rows)
             return self._listed(rows, index, self.count)
+        gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
+        weights = rows, gate, self.up.weight, gate_bias, self.up.bias
         if self.crowded(len(rows)):
             self.count = None  # every row as it chose, of a product that reads everything
             score, limit = selector.choices(rows)
-            first, second = (self.up(rows), None) if self.gate is None else (self.gate(rows), self.up(rows))
-            return self.down(glu(first, second, self.activation, score=score, limit=limit, other=self.mean))
+            return self.down(chosen_hidden(*weights, score, limit, self.activation, self.mean))
         score, threshold, index, self.count = selector.select(rows)
-        gate, gate_bias = (None, None) if self.gate is None else (self.gate.weight, self.gate.bias)
-        up, up_bias, act = self.up.weight, self.up.bias, self.activation
-        h = expert_hidden(rows, gate, up, gate_bias, up_bias, score, threshold, index, self.count, act)
+        h = expert_hidden(*weights, score, threshold, index, self.count, self.activation)
         if self.mean is not None:
             h = torch.where((score > threshold).repeat_interleave(self.size, 1), h - self.mean, 0)
         return input_linear(h, self.down_t, index, self.count, None, self.constant, self.size)

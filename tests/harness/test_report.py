@@ -2,70 +2,18 @@
 
 import argparse
 import copy
-import math
 from typing import Any
 
 import pytest
 
 from harness import formats, grids, plots, report, rows, store, tables
 from harness.doubts import doubts_of
-from harness.plots import style, time
 from methods.errors import UsageError
 from tests.harness.fabricated import FULL, GPU, record, synthetic, write
 
 
 def page(records: list[dict[str, Any]]) -> str:
     return report.page(rows.group(store.latest(records)))
-
-
-def test_curves_and_profiles_are_drawn_where_records_have_them(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    ffn = {"mean": 0.5, "p99": 0.9, "layers": [0.4, 0.6], "spread": [[0.3, 0.4, 0.5]] * 2, "units": [16, 16]}
-    ffn["unions"] = {"1": 0.5, "2": 0.7}
-    for method, options in (("moefication", {}), ("moefication", {"selector": "oracle"}), ("lte", {})):
-        for density in (0.7, 0.5, 0.3):
-            found = record(method, density, options=options, key=f"{method}{options}{density}")
-            store.append(tmp_path, {**found, "density": {"model": density, "sites": {"ffn": ffn}, "union": None}})
-    store.append(tmp_path, record())
-    files = {path.name for path in report.build(tmp_path)}
-    assert {"quality.svg", "density.svg"} <= files
-    page = (tmp_path / "LEADERBOARD.md").read_text()
-    assert "](quality.svg)" in page and "](density.svg)" in page
-    groups = rows.group(store.load(tmp_path))
-    ((_, shown),) = profiles = plots.density.with_profiles(groups)
-    assert len(plots.density.profiles(profiles).axes) == 3  # one is the legend's
-    shown[0].ffn["histogram"] = [10, 0, 30]
-    by_token = plots.density.profiles(profiles).axes[2]
-    assert [list(line.get_ydata()) for line in by_token.lines] == [[0.25, 0, 0.75]]
-    assert {(row.method, row.options) for row in shown} == {
-        ("lte", ""),
-        ("moefication", ""),
-        ("moefication", "selector=oracle"),
-    }
-    assert [method for _, method in plots.quality.with_curves(groups)] == ["lte", "moefication"]
-    monkeypatch.setattr(plots.density, "CROWDED", 2)
-    apart = plots.density.with_profiles(groups)
-    assert [{row.method for row in part} for _, part in apart] == [{"lte"}, {"moefication"}]
-
-
-def test_a_method_has_a_colour_and_each_of_its_variants_a_marker() -> None:
-    styles = style.styles(str(i) for i in range(20))
-    assert len(set(styles.values())) == 20
-    styles = style.styles(("lte", "lte (lr=1)", "teal"), style.first_word)
-    assert styles["lte"][0] == styles["lte (lr=1)"][0] != styles["teal"][0] and len(set(styles.values())) == 3
-
-
-@pytest.mark.parametrize("variants", [1, style.CROWDED])
-def test_a_crowded_panel_shows_each_methods_best_and_none_a_control(variants: int) -> None:
-    from matplotlib import pyplot as plt
-
-    cells = [record("moefication", 0.5, options={"split": str(i)}, key=f"m{i}") for i in range(variants)]
-    cells.append(record("lte", 0.5, key="lte"))
-    cells.append(record("moefication", 0.5, options={"selector": "oracle"}, key="control"))
-    (found,) = rows.group([record(), *cells])
-    figure = plots.quality.pareto([(found, plots.quality.panels(found)[:1])])
-    labels = set(figure.axes[0].get_legend_handles_labels()[1])
-    plt.close(figure)
-    assert labels == {"Pareto front", "dense", "lte", "moefication (split=0)" if variants == 1 else "moefication"}
 
 
 def test_page_has_units_machine_and_every_row() -> None:
@@ -185,42 +133,6 @@ def test_several_batches_or_contexts_make_a_grid(tmp_path: Any) -> None:
     assert teal == ["teal 0.5", "2.00 faster", "2.00 faster", "2.00 faster"] and lte[0] == "lte 0.5"
     assert {"grid.png", "grid.svg"} <= {f.name for f in plots.write(groups, tmp_path)}
     assert not grids.grids(rows.group([{**r, "cell": {**r["cell"], "device": "cpu"}} for r in records]))
-
-
-def test_times_of_machines_of_a_kind_share_a_panel_as_ratios() -> None:
-    from matplotlib import pyplot as plt
-
-    first = [record(), record("teal", 0.5)]
-    other = [record(), record("lte", 0.5), record("lte", 0.5, options={"selector": "oracle"}, key="control")]
-    for entry in other:
-        entry["machine"] = {**entry["machine"], "identity": "another of its kind"}
-        entry["time"] = "2026-01-02T00:00:00+00:00"
-        entry["key"] += " there"
-    longer = [record(context=512), record("teal", 0.5, context=512)]
-    (short, long) = time.settings(rows.group([*longer, *first, *other]))
-    assert short.where == "decode, batch 1, context 384" and long.where == "decode, batch 1, context 512"
-    assert [row.name for row in short.rows] == ["dense", "lte 0.5", "teal 0.5"]
-    assert short.rows[0].record["machine"]["identity"] == "another of its kind"  # the newest dense
-    figure = time.over_bytes([short])
-    points = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
-    plt.close(figure)
-    assert points["lte"] == points["teal"] == ([0.5], [0.5]) and points["dense"] == ([1.0], [1.0])
-    cpu = [{**entry, "cell": {**entry["cell"], "device": "cpu"}} for entry in first]
-    assert not time.settings(rows.group(cpu)) and not time.settings(rows.group([record()]))
-
-
-def test_dense_fine_tuned_on_the_same_text_stands_beside_every_curve() -> None:
-    found = [record(), record("dense-finetuned", density=None, options={"lr": 0.001})]
-    for entry in found:
-        entry["density"] = None
-    found[1]["items"] = {**found[1]["items"], "nll": [x + 0.1 for x in found[1]["items"]["nll"]]}
-    found += [record(method, density) for method in ("teal", "lte") for density in (0.8, 0.6, 0.4)]
-    figure = plots.quality.curves(plots.quality.with_curves(rows.group(found)))
-    assert len(figure.axes) >= 2
-    for axis in figure.axes[:2]:
-        level = [line for line in axis.lines if line.get_linestyle() == "--"]
-        assert [list(line.get_ydata()) for line in level] == [pytest.approx([math.exp(0.1)] * 2)]
-        assert "dense-finetuned" in axis.get_legend_handles_labels()[1]
 
 
 def test_settings_and_machines_never_share_a_table() -> None:

@@ -25,6 +25,7 @@ from sparse_kernels.input_linear import row as linear_row
 from sparse_kernels.neuron_ffn import kernel as neuron_ffn
 from sparse_kernels.selection import kernel as selection
 from sparse_kernels.selection import score as router
+from sparse_kernels.selection import top
 from sparse_kernels.spark_attention import kernel as spark
 
 MODULES = (
@@ -33,6 +34,7 @@ MODULES = (
     attention_row,
     selection,
     router,
+    top,
     glue,
     linear,
     linear_row,
@@ -164,8 +166,8 @@ def compile_selection(one: torch.Tensor) -> None:
         for channels in (32, 344, 11008, 65536):
             score = torch.empty(1, channels, dtype=dtype)
             for values in (score, score.float()):
-                selection.top_k(values, channels // 4)
-                selection.top_mask(values, channels // 4)
+                top.top_k(values, channels // 4)
+                top.top_mask(values, channels // 4)
         for batch in (1, 4, 64):
             x, weight = torch.empty(batch, 4096, dtype=dtype), torch.empty(11008, 4096, dtype=dtype)
             selection.statistical_top_k(torch.empty(batch, 11008, dtype=dtype), 1.0, True, "identity", False)

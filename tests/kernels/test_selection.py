@@ -38,6 +38,13 @@ def kernel(device) -> types.ModuleType:
     return kernel
 
 
+@pytest.fixture
+def top(device) -> types.ModuleType:
+    from sparse_kernels.selection import top
+
+    return top
+
+
 def masks(batch, channels, density, device):
     """A mask with entries at this density in each row: [channels], or [batch, channels]."""
     torch.manual_seed(0)
@@ -153,26 +160,26 @@ def test_top_k_of_more_than_a_program_lists(device):
 
 @pytest.mark.parametrize("block", [512, 2048])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_top_k_takes_ties_from_the_left(kernel, device, block, dtype):
+def test_top_k_takes_ties_from_the_left(top, device, block, dtype):
     torch.manual_seed(0)
     score = torch.randint(-3, 3, (3, 900), device=device).to(dtype)  # a block of 512 is less: tile by tile
     score[1] = 2.5
     score[2, ::2] = -0.0  # equal to the zeros between
     for k in (1, 500, 900):
-        assert same(kernel.top_k(score, k, Scan(block, 4)), naive.top_k(score, k))
-        assert torch.equal(kernel.top_mask(score, k, Scan(block, 4)), naive.top_mask(score, k))
-    assert kernel.top_k(score, 5, Scan(block, 4))[0][1].tolist() == list(range(5))
+        assert same(top.top_k(score, k, Scan(block, 4)), naive.top_k(score, k))
+        assert torch.equal(top.top_mask(score, k, Scan(block, 4)), naive.top_mask(score, k))
+    assert top.top_k(score, 5, Scan(block, 4))[0][1].tolist() == list(range(5))
 
 
 @pytest.mark.parametrize("block", [512, 2048])
-def test_top_k_of_what_no_normal_distribution_has(kernel, device, block):
+def test_top_k_of_what_no_normal_distribution_has(top, device, block):
     """Where the first guess is far off, most scores are alike, or few of them make the mean."""
     torch.manual_seed(0)
     normal = torch.randn(6, 900, device=device)
     score = torch.stack([normal[0].exp(), normal[1].relu(), normal[2] * 1e-30, normal[3].sign(), *normal[4:] + 1e6])
     score[2, 7], score[4, :890] = 3e38, -1e-38
     for k in (1, 40, 450, 899):
-        assert same(kernel.top_k(score, k, Scan(block, 4)), naive.top_k(score, k))
+        assert same(top.top_k(score, k, Scan(block, 4)), naive.top_k(score, k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

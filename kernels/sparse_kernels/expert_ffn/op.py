@@ -64,6 +64,26 @@ def expert_hidden(
     )
 
 
+def chosen_hidden(
+    x: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    gate_bias: Tensor | None,
+    up_bias: Tensor | None,
+    score: Tensor,
+    limit: Tensor | None,
+    activation: str,
+    other: Tensor | None = None,
+) -> Tensor:
+    """What `expert_hidden` returns, by dense products of all blocks; score, limit, other: as in `glu`."""
+    first, second = F.linear(x, up, up_bias), None
+    if gate is not None:
+        first, second = F.linear(x, gate, gate_bias), first
+    h = glu(first, second, activation, score=score, limit=limit, other=other)
+    assert isinstance(h, Tensor)  # no list was asked for
+    return h
+
+
 def expert_ffn(
     x: Tensor,
     gate: Tensor | None,
@@ -92,11 +112,7 @@ def expert_ffn(
     require_score(score, threshold, x, up.shape[0])
     if crowded(density, x.shape[0]):
         require_down(x, up.shape[0], down_t, down_bias)
-        first, second = F.linear(x, up, up_bias), None
-        if gate is not None:
-            first, second = F.linear(x, gate, gate_bias), first
-        h = glu(first, second, activation, score=score, limit=threshold)
-        assert isinstance(h, Tensor)  # no list was asked for
+        h = chosen_hidden(x, gate, up, gate_bias, up_bias, score, threshold, activation)
         return F.linear(h, down_t.t(), down_bias)
     index, count = compact(score, threshold, magnitude=False)
     block = up.shape[0] // score.shape[1]

@@ -68,3 +68,4 @@ MANY = 2048  # experts
 # and 8 rows 3.8, 4.3 and 4.5 us, 7.2 with them; 1024 experts 4.8, 5.4, 6.3 and 7.0; 16 rows of 344 11.4 and 7.1; two
 # rows of 11008 experts of width 1024 10.3 and 7.7.
 FEW = 8
+LISTED_AT_ONCE = 8192  # channels up to which one program lists the largest faster than many do by a mask

@@ -5,6 +5,7 @@ of index is unspecified, and the host does not wait for either. Thresholds are c
 before the kernel just before has finished, so that kernel must not write them.
 """
 
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -26,13 +27,9 @@ from sparse_kernels.selection import naive
 RESPONSES = tuple(naive.RESPONSES)
 
 
-def implementation(x: Tensor) -> ModuleType:
-    """The module that computes on x's device: the Triton kernels or the definitions."""
-    if not use_triton(x):
-        return naive
-    from sparse_kernels.selection import kernel
-
-    return kernel
+def implementation(x: Tensor, kernels: str = "kernel") -> ModuleType:
+    """The module that computes on x's device: that of the Triton kernels or the definitions."""
+    return import_module(f"sparse_kernels.selection.{kernels}") if use_triton(x) else naive
 
 
 def require_scores(name: str, score: Tensor) -> None:
@@ -317,7 +314,7 @@ def _(index, count, size):
 
 @operator("top_k")
 def _top_k(score: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    return implementation(score).top_k(score, k)
+    return implementation(score, "top").top_k(score, k)
 
 
 @_top_k.register_fake
@@ -328,7 +325,7 @@ def _(score, k):
 
 @operator("top_mask")
 def _top_mask(score: Tensor, k: int) -> Tensor:
-    return implementation(score).top_mask(score, k)
+    return implementation(score, "top").top_mask(score, k)
 
 
 @_top_mask.register_fake
@@ -353,12 +350,7 @@ def _(score, multiplier, soft, activation, magnitude):
 def _router_scores(
     x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, normalize: bool, narrow: bool
 ) -> Tensor:
-    arguments = (x, weight, bias, activation, normalize, narrow)
-    if not use_triton(x):
-        return naive.scores(*arguments)
-    from sparse_kernels.selection import score
-
-    return score.scores(*arguments)
+    return implementation(x, "score").scores(x, weight, bias, activation, normalize, narrow)
 
 
 @_router_scores.register_fake
