@@ -267,9 +267,11 @@ def rows(x: Tensor, weight_t: Tensor, dtype: torch.dtype, config: Rows | None = 
     config = config or pick(ROWS, x.device)
     step, warps = config.fit(channels, weight_t.element_size())
     y = torch.empty(1, width, dtype=dtype, device=x.device)
+    # Nothing is selected here, so that products may go into their sums unrounded.
+    vector = prepared(x, 1, **vector) | dict(enable_fp_fusion=True)
     run(
         rows_kernel, (config.count(width, x.device),), x,
         weight=weight_t, out=y, N=width, stride_w=weight_t.stride(1), K=channels, WIDTH=power_of_2(channels),
-        ROWS=step, STAGES=config.stages, num_warps=warps, **prepared(x, 1, **vector),
+        ROWS=step, STAGES=config.stages, num_warps=warps, **vector,
     )  # fmt: skip
     return y

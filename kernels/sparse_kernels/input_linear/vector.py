@@ -51,20 +51,22 @@ def row_scale(
     EPS: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
     """Mean (0 for RMS norms) and reciprocal deviation of every row, from its tiles' sums and squared deviations."""
-    t = tl.arange(0, PADDED)
-    n = tl.minimum(K - t * TILE, TILE).to(tl.float32)
-    inside = inside_row & (t < TILES)
-    place = stats + (row * TILES + t) * 2
-    total = tl.load(place, mask=inside, other=0.0)
-    spread = tl.load(place + 1, mask=inside, other=0.0)
+    LANES: tl.constexpr = min(PADDED, 32)  # every warp then adds all by itself, and waits for no other
+    mean, square = 0.0, 0.0
     if NORM == "layer":
-        mean = tl.sum(total, AXIS, keep_dims=AXIS == 1) / K
-        away = tl.where(inside, total / n - mean, 0.0)
-    else:
-        mean = 0.0
-        away = total / n
-    square = tl.sum(tl.where(inside, spread + n * away * away, 0.0), AXIS, keep_dims=AXIS == 1)
-    return mean, tl.rsqrt(square / K + EPS)
+        for first in tl.static_range(0, PADDED, LANES):
+            t = first + tl.arange(0, LANES)
+            mean += tl.load(stats + (row * TILES + t) * 2, mask=inside_row & (t < TILES), other=0.0)
+        mean = tl.sum(mean, AXIS, keep_dims=AXIS == 1) / K
+    for first in tl.static_range(0, PADDED, LANES):
+        t = first + tl.arange(0, LANES)
+        n = tl.minimum(K - t * TILE, TILE).to(tl.float32)
+        inside = inside_row & (t < TILES)
+        place = stats + (row * TILES + t) * 2
+        away = tl.load(place, mask=inside, other=0.0) / n - mean
+        spread = tl.load(place + 1, mask=inside, other=0.0)
+        square += tl.where(inside, spread + n * away * away, 0.0)
+    return mean, tl.rsqrt(tl.sum(square, AXIS, keep_dims=AXIS == 1) / K + EPS)
 
 
 @triton.jit
