@@ -32,14 +32,31 @@ from sparse_kernels.launch import Launch, Rows, pick, power_of_2, run
 
 
 @triton.jit
+def listed_value(word):
+    """The value of a listed channel."""
+    return word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def listed_weights(weight, word, live, n, inside_n, stride_w, NEAR: tl.constexpr, FULL: tl.constexpr):
+    """The rows of listed channels at columns n, zero where not live: [rows, columns]."""
+    k = word >> 32
+    if NEAR:  # no offset of the matrix needs 64 bits
+        k = k.to(tl.int32)
+    place = weight + (k * stride_w)[:, None] + n[None, :]
+    mask = live[:, None] if FULL else live[:, None] & inside_n[None, :]
+    return tl.load(place, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def listed_kernel(
     x, index, total, threshold, norm_weight, norm_bias, stats, center, weight, side, side_up, lists, counts, partial,
     K, N, R, width0, width1, splits, parts, stride_part, stride_w, stride_side,
     SELECT: tl.constexpr, GROUP: tl.constexpr, SEGMENTS: tl.constexpr, LIMIT: tl.constexpr, CHANNELWISE: tl.constexpr,
     INVERT: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr,
     PADDED: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr,
-    PARTS: tl.constexpr, ALIGNED: tl.constexpr, SIDE: tl.constexpr, SLICE: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    PARTS: tl.constexpr, ALIGNED: tl.constexpr, NEAR: tl.constexpr, FULL: tl.constexpr, SIDE: tl.constexpr,
+    SLICE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial[split, n] = sum over the split's listed k of value[k] * weight[k, n] (+ its share of side side_up).
 
@@ -89,18 +106,17 @@ def listed_kernel(
         if start_n == begin_n:
             tl.store(counts + segment * splits + split, count)
     row = tl.arange(0, ROWS)
+    # The rows that fill no step are asked for first and added last: the steps then need no mask.
+    steps = count - count % ROWS
+    rest = tl.load(lists + steps + row, mask=steps + row < count, other=0)
+    last = listed_weights(weight, rest, steps + row < count, n, inside_n, stride_w, NEAR, FULL)
+    every = tl.full([ROWS], 1, tl.int1)
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)  # adding across threads at every step would stall the loads
-    for first in tl.range(0, count, ROWS, num_stages=STAGES):
-        p = first + row
-        live = p < count
-        entry = tl.load(lists + p, mask=live, other=0)
-        w = tl.load(
-            weight + (entry >> 32)[:, None] * stride_w + n[None, :],
-            mask=live[:, None] & inside_n[None, :],
-            other=0.0,
-            eviction_policy="evict_first",
-        )
-        acc += entry.to(tl.int32).to(tl.float32, bitcast=True)[:, None] * w.to(tl.float32)
+    for first in tl.range(0, steps, ROWS, num_stages=STAGES):
+        entry = tl.load(lists + first + row)
+        w = listed_weights(weight, entry, every, n, inside_n, stride_w, NEAR, FULL)
+        acc = tl.fma(tl.broadcast_to(listed_value(entry)[:, None], (ROWS, COLUMNS)), w.to(tl.float32), acc)
+    acc = tl.fma(tl.broadcast_to(listed_value(rest)[:, None], (ROWS, COLUMNS)), last.to(tl.float32), acc)
     if SIDE:
         for first in tl.range(0, tl.cdiv(R - split, splits), ROWS):
             r = (first + row) * splits + split
@@ -226,7 +242,8 @@ def listed(
         partial=partial, K=channels, N=width, R=0 if side is None else side.shape[1], width0=widths[0],
         width1=widths[1] if segments > 1 else 0, splits=splits, stride_w=weight_t.stride(0),
         stride_side=0 if side_up is None else side_up.stride(0), SELECT=select, GROUP=group, SEGMENTS=segments,
-        LIMIT=threshold is not None, ALIGNED=all(w % 16 == 0 for w in widths), SIDE=side is not None, SLICE=slice_,
+        LIMIT=threshold is not None, ALIGNED=all(w % 16 == 0 for w in widths), NEAR=weight_t.stride(0) * channels < 2**31,
+        FULL=all(w % columns == 0 for w in widths), SIDE=side is not None, SLICE=slice_,
         ROWS=config.rows, COLUMNS=columns, STAGES=config.stages, num_warps=config.warps,
         **(dict(maxnreg=beside(config)) if early else dict(pdl=False)),
         **prepared(x, 1, **vector), **selecting(threshold, invert),
