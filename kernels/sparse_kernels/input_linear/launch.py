@@ -35,7 +35,6 @@ LAUNCH: dict[int, dict[tuple[int, bool], Launch]] = {
 }
 
 
-LOOKED_AT = 2048  # channels
 REGISTERS = 65536  # of a multiprocessor
 
 
@@ -101,11 +100,6 @@ def grid_for(
 def share(channels: int, splits: int) -> int:
     """Slots of a split's list: its share of the channels, dealt in blocks of 8, to a power of two."""
     return power_of_2(8 * cdiv(cdiv(channels, 8), splits))
-
-
-def listed_together(channels: int, splits: int) -> int:
-    """How many splits select together: as many as leave each program few enough channels to look at."""
-    return max(t for t in range(1, splits + 1) if splits % t == 0 and (t == 1 or share(channels, splits // t) <= LOOKED_AT))
 
 
 def masked_grid(channels: int, widths: list[int], device: torch.device, config: Masked | None = None) -> Grid[Masked]:

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_kernels.blocks import begin, load_rows
-from sparse_kernels.input_linear.launch import ROWS, Masked, beside, grid_for, listed_together, masked_grid, share
+from sparse_kernels.input_linear.launch import ROWS, Masked, beside, grid_for, masked_grid, share
 from sparse_kernels.input_linear.vector import (
     columns_of,
     constants,
@@ -56,14 +56,13 @@ def listed_kernel(
     INVERT: tl.constexpr, NORM: tl.constexpr, NORM_BIAS: tl.constexpr, EPS: tl.constexpr, TILES: tl.constexpr,
     PADDED: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, CENTER: tl.constexpr,
     PARTS: tl.constexpr, ALIGNED: tl.constexpr, NEAR: tl.constexpr, FULL: tl.constexpr, SIDE: tl.constexpr,
-    SLICE: tl.constexpr, TOGETHER: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    SLICE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """partial[split, n] = sum over the split's listed k of value[k] * weight[k, n] (+ its share of side side_up).
 
-    A program lists its split's channels and their values in memory of its own [SLOTS], each in one 64-bit word, since
+    A program lists its split's channels and their values in memory of its own [SLICE], each in one 64-bit word, since
     the streaming loop then knows rows several steps ahead. Every tile of columns lists them again: that costs less than
-    a launch that does it once. TOGETHER splits select from the same [SLICE] channels and take even shares of what is
-    found: of so many splits, one would else have many more channels than the others, and all would wait for it.
+    a launch that does it once.
     """
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -78,7 +77,7 @@ def listed_kernel(
         keep = j < count
         k = listed_at(index, start + j, keep, GROUP)
     else:
-        k = dealt(j, split // TOGETHER, splits // TOGETHER)
+        k = dealt(j, split, splits)
         keep = k < K
     if LIMIT:
         limit = limit_of(threshold, segment, k, keep, K, CHANNELWISE)
@@ -95,16 +94,11 @@ def listed_kernel(
         if SELECT == "threshold":
             keep = large
             slot = tl.cumsum(keep.to(tl.int32), 0) - keep.to(tl.int32)
-            found = tl.sum(keep.to(tl.int32), 0)
-            begin_slot = found * (split % TOGETHER) // TOGETHER
-            count = found * (split % TOGETHER + 1) // TOGETHER - begin_slot
-            slot -= begin_slot
-            keep = keep & (slot >= 0) & (slot < count)
         else:  # stays listed, as a zero
             v = tl.where(large, v, 0.0)
-    if SELECT == "all":
+    if SELECT != "list":
         count = tl.sum(keep.to(tl.int32), 0)
-    lists += (tile * splits + split).to(tl.int64) * SLOTS
+    lists += (tile * splits + split).to(tl.int64) * SLICE
     word = (k.to(tl.int64) << 32) | (v.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF)
     tl.store(lists + slot, word, mask=keep)
     tl.debug_barrier()  # the loop reads what other threads of the program have written
@@ -235,13 +229,11 @@ def listed(
     """What `kernel.linear` returns, of one row."""
     device, (channels, width), segments = x.device, weight_t.shape, len(widths)
     config, columns, tiles, splits = grid_for(1, channels, widths, device, config)
-    together = listed_together(channels, splits) if select == "threshold" and x.dim() == 2 else 1
-    slice_ = share(channels, splits // together)
-    slots = 16 * triton.cdiv(slice_, 16 * together)
+    slice_ = share(channels, splits)
     # A whole step of TEAL at 0.5 takes 2.65 ms if no layer starts early, 2.60 if all do but the one that takes what
     # attention leaves, whose programs would come in the way of attention's, and 2.80 with that one.
     early = bool(vector.get("norm") or vector.get("activation"))
-    lists = torch.empty(tiles * splits, slots, dtype=torch.int64, device=device)
+    lists = torch.empty(tiles * splits, slice_, dtype=torch.int64, device=device)
     partial = torch.empty(splits, 1, width, dtype=torch.float32, device=device)
     counts = torch.empty(segments if select == "threshold" else 0, splits, dtype=torch.int32, device=device)
     run(
@@ -252,7 +244,7 @@ def listed(
         stride_side=0 if side_up is None else side_up.stride(0), SELECT=select, GROUP=group, SEGMENTS=segments,
         LIMIT=threshold is not None, ALIGNED=all(w % 16 == 0 for w in widths), NEAR=weight_t.stride(0) * channels < 2**31,
         FULL=all(w % columns == 0 for w in widths), SIDE=side is not None, SLICE=slice_,
-        TOGETHER=together, SLOTS=slots,         ROWS=config.rows, COLUMNS=columns, STAGES=config.stages, num_warps=config.warps,
+        ROWS=config.rows, COLUMNS=columns, STAGES=config.stages, num_warps=config.warps,
         **(dict(maxnreg=beside(config)) if early else dict(pdl=False)),
         **prepared(x, 1, **vector), **selecting(threshold, invert),
     )  # fmt: skip
