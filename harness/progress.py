@@ -68,15 +68,17 @@ class Display:
         self.number += 1
         place = f"[{self.number}/{len(self.weights)}]"
         self.progress.update(self.overall, description=f"{place} {label}", left=self._left())
+        took = "stopped after "
         try:
             yield
+            took = ""
         finally:
             self.spent += weight
             self.seconds += monotonic() - start
             self.progress.update(self.overall, completed=self.number, left=self._left())
             self.progress.update(self.stage, visible=False)
             self._reported = monotonic()
-            self.say(f"{place} {label}: {monotonic() - start:.0f} s{self._left(', ')}")
+            self.say(f"{place} {label}: {took}{monotonic() - start:.0f} s{self._left(', ')}")
 
     def _left(self, before: str = "") -> str:
         """The time left, from the time per unit of weight so far."""

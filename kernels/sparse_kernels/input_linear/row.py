@@ -230,8 +230,7 @@ def listed(
     device, (channels, width), segments = x.device, weight_t.shape, len(widths)
     config, columns, tiles, splits = grid_for(1, channels, widths, device, config)
     slice_ = share(channels, splits)
-    # A whole step of TEAL at 0.5 takes 2.65 ms if no layer starts early, 2.60 if all do but the one that takes what
-    # attention leaves, whose programs would come in the way of attention's, and 2.80 with that one.
+    # All start early but the layer that takes what attention leaves: its programs would come in the way of attention's.
     early = bool(vector.get("norm") or vector.get("activation"))
     lists = torch.empty(tiles * splits, slice_, dtype=torch.int64, device=device)
     partial = torch.empty(splits, 1, width, dtype=torch.float32, device=device)
@@ -242,8 +241,9 @@ def listed(
         partial=partial, K=channels, N=width, R=0 if side is None else side.shape[1], width0=widths[0],
         width1=widths[1] if segments > 1 else 0, splits=splits, stride_w=weight_t.stride(0),
         stride_side=0 if side_up is None else side_up.stride(0), SELECT=select, GROUP=group, SEGMENTS=segments,
-        LIMIT=threshold is not None, ALIGNED=all(w % 16 == 0 for w in widths), NEAR=weight_t.stride(0) * channels < 2**31,
-        FULL=all(w % columns == 0 for w in widths), SIDE=side is not None, SLICE=slice_,
+        LIMIT=threshold is not None, ALIGNED=all(w % 16 == 0 for w in widths),
+        NEAR=weight_t.stride(0) * channels < 2**31, FULL=all(w % columns == 0 for w in widths),
+        SIDE=side is not None, SLICE=slice_,
         ROWS=config.rows, COLUMNS=columns, STAGES=config.stages, num_warps=config.warps,
         **(dict(maxnreg=beside(config)) if early else dict(pdl=False)),
         **prepared(x, 1, **vector), **selecting(threshold, invert),
