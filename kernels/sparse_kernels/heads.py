@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import threshold_linear
-from .input_linear.launch import crowded
+from .input_linear.launch import CROSSOVER
+from .launch import crowded
 from .layers import SparseLayer
 from .meter import Meter, Phase
 from .selectors import Selector
@@ -70,7 +71,7 @@ class SelectiveHeads(SparseLayer):
     def limit(self, rows: int) -> Tensor | None:
         """The threshold by which channels are skipped; None where so many rows take a dense product: of the same
         values, since what is left out is zero already."""
-        return None if crowded(self.density, rows) else self.threshold
+        return None if crowded(self.density, rows, CROSSOVER) else self.threshold
 
     def lists(self, batch: int) -> tuple[Tensor, Tensor] | None:
         """The groups of every sequence, for `attention_decode`; None where all run, or an oracle must see all first."""

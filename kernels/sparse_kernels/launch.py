@@ -141,9 +141,15 @@ def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         kernel[grid](*args, **options)
 
 
-def union(density: float, rows: int) -> float:
+def union_density(density: float, rows: int) -> float:
     """The share of units that any of some rows needs, where each keeps `density` of them by a choice of its own."""
     return 1 - (1 - density) ** rows
+
+
+def crowded(density: float | None, rows: int, crossover: float) -> bool:
+    """Whether rows that keep `density` of the units each are expected to need more than `crossover` between them, from
+    which on dense products are faster; never one row, nor where nothing is expected."""
+    return rows > 1 and density is not None and union_density(density, rows) > crossover
 
 
 def require(condition: bool, sentence: str, *values: Any) -> None:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from . import ACTIVATIONS, expert_ffn_prefill, expert_hidden, input_linear, neuron_ffn, threshold_linear
-from .expert_ffn.launch import crowded
+from .expert_ffn.launch import crossover
 from .expert_ffn.op import chosen_hidden
+from .launch import crowded
 from .meter import Meter, Phase
 from .neuron_ffn.launch import takes_rows
 from .selectors import Selector
@@ -90,7 +91,7 @@ class SparseLayer(nn.Module, ABC):
 
     def crowded(self, rows: int) -> bool:
         """Whether so many rows are expected to need so many units between them that dense products are faster."""
-        return crowded(self.density, rows)
+        return crowded(self.density, rows, crossover(rows))
 
     def dense(self, x: Tensor) -> None:
         """Reports to the meter that x [..., d] is computed with all units."""

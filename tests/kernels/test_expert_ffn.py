@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_kernels import ACTIVATIONS, compact, expert_ffn, expert_ffn_prefill, expert_hidden, input_linear
 from sparse_kernels.expert_ffn import cost, naive, op
-from sparse_kernels.expert_ffn.launch import crowded
+from sparse_kernels.launch import crowded
 
 WIDTH = 72
 
@@ -106,7 +106,7 @@ def test_rows_that_need_most_blocks_between_them_are_multiplied_densely(device, 
     assert torch.allclose(y.double(), expected, rtol=1e-5, atol=1e-5 * expected.abs().mean().item())
     with pytest.raises(TypeError):
         expert_ffn(*weights, score, threshold, "silu", density=0.2)
-    assert not crowded(0.5, 1) and not crowded(None, 6) and not crowded(0.5, 2) and crowded(0.5, 3)
+    assert not crowded(0.5, 1, 0.4) and not crowded(None, 6, 0.4) and not crowded(0.5, 2, 0.8) and crowded(0.5, 3, 0.8)
 
 
 def test_naive_is_a_dense_ffn_when_everything_is_selected():

@@ -7,7 +7,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_kernels import ACTIVATIONS, gate_first_ffn, gated_ffn, neuron_ffn
-from sparse_kernels.launch import Rows, union
+from sparse_kernels.launch import Rows, union_density
 from sparse_kernels.neuron_ffn import cost, launch, naive
 
 WIDTH, OUT = 72, 50
@@ -371,4 +371,4 @@ def test_costs_are_those_of_the_weights_read():
     assert cost.gate_first_bytes(3, WIDTH, OUT, 133, density=0.0, itemsize=4) == 4 * WIDTH * (133 + 3)
     assert cost.ffn_flops(3, WIDTH, OUT, 133) == cost.gate_first_flops(3, WIDTH, OUT, 133)
     assert cost.ffn_flops(3, WIDTH, OUT, 133, gated=False, density=0.5) == 3 * 133 * (WIDTH + OUT)
-    assert union(0.5, 1) == 0.5 and union(0.5, 2) == 0.75
+    assert union_density(0.5, 1) == 0.5 and union_density(0.5, 2) == 0.75

@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from sparse_kernels.launch import union
-
 
 @dataclass(frozen=True)
 class Routed:
@@ -32,11 +30,6 @@ LAUNCH = {
 CROSSOVER = {16: 0.8, 32: 0.5, 64: 0.45}
 
 
-def crowded(density: float | None, rows: int) -> bool:
-    """Whether rows that keep `density` of the neurons each need so many between them that dense products are faster."""
-    return rows > 1 and density is not None and union(density, rows) > crossover(rows)
-
-
 def crossover(rows: int) -> float:
-    """The share of the neurons from which on 2 to 64 rows take dense products."""
+    """The share of the neurons from which on up to 64 rows take dense products."""
     return next(share for most, share in CROSSOVER.items() if rows <= most)

@@ -6,11 +6,12 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
 from sparse_kernels.expert_ffn import naive
-from sparse_kernels.expert_ffn.launch import crowded
+from sparse_kernels.expert_ffn.launch import crossover
 from sparse_kernels.glue.op import glu
 from sparse_kernels.input_linear.op import input_linear
 from sparse_kernels.launch import (
     DTYPES,
+    crowded,
     require,
     require_input,
     require_list,
@@ -107,10 +108,10 @@ def expert_ffn(
 
     Blocks of 32 neurons with a router follow LTE (Zheng et al., 2024, arXiv:2402.06126).
     """
-    require_input(x)
-    require_hidden(x, gate, up, gate_bias, up_bias, activation)
     require_score(score, threshold, x, up.shape[0])
-    if crowded(density, x.shape[0]):
+    require_input(x)
+    if crowded(density, x.shape[0], crossover(x.shape[0])):
+        require_hidden(x, gate, up, gate_bias, up_bias, activation)
         require_down(x, up.shape[0], down_t, down_bias)
         h = chosen_hidden(x, gate, up, gate_bias, up_bias, score, threshold, activation)
         return F.linear(h, down_t.t(), down_bias)

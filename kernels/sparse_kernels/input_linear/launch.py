@@ -7,13 +7,13 @@ import torch
 from sparse_kernels.launch import (
     Launch,
     Rows,
+    crowded,
     interpreting,
     multiprocessors,
     padded_batch,
     pick,
     power_of_2,
     row_bytes,
-    union,
 )
 
 NARROW = 8192  # outputs below which the grid needs narrow tiles to fill the GPU without many splits
@@ -115,11 +115,6 @@ def masked_grid(channels: int, widths: list[int], device: torch.device, config: 
 CROSSOVER = 0.6
 
 
-def crowded(density: float | None, batch: int) -> bool:
-    """Whether so many rows need so many channels between them that a dense product is faster."""
-    return batch > 1 and density is not None and union(density, batch) > CROSSOVER
-
-
 def by_output(weight_t: torch.Tensor) -> bool:
     """Whether weight_t [K, N] is a transposed view of weights that are stored one row per output."""
     return weight_t.shape[1] > 1 and weight_t.stride(1) != 1
@@ -137,7 +132,7 @@ def path_for(
         fits = row_bytes(channels, weight_t.element_size()) <= MAX_ROW_BYTES
         whole = x.dim() == 2 or len(x) == 1  # every program would add up all parts
         return "rows" if batch == 1 and not side and fits and whole else "dense"
-    if batch > 1 and (not limited or crowded(density, batch)):
+    if batch > 1 and (not limited or crowded(density, batch, CROSSOVER)):
         return "dense"
     table = pick(MASKED, weight_t.device)
     suits = table.fewest <= weight_t.numel() <= table.most

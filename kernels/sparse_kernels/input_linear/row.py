@@ -32,12 +32,6 @@ from sparse_kernels.launch import Launch, Rows, pick, power_of_2, run
 
 
 @triton.jit
-def listed_value(word):
-    """The value of a listed channel."""
-    return word.to(tl.int32).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def listed_weights(weight, word, live, n, inside_n, stride_w, NEAR: tl.constexpr, FULL: tl.constexpr):
     """The rows of listed channels at columns n, zero where not live: [rows, columns]."""
     k = word >> 32
@@ -46,6 +40,13 @@ def listed_weights(weight, word, live, n, inside_n, stride_w, NEAR: tl.constexpr
     place = weight + (k * stride_w)[:, None] + n[None, :]
     mask = live[:, None] if FULL else live[:, None] & inside_n[None, :]
     return tl.load(place, mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def add_listed(acc, word, w):
+    """acc + listed channels' values times their rows w, rounded once."""
+    value = word.to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.fma(tl.broadcast_to(value[:, None], acc.shape), w.to(tl.float32), acc)
 
 
 @triton.jit
@@ -114,9 +115,8 @@ def listed_kernel(
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)  # adding across threads at every step would stall the loads
     for first in tl.range(0, steps, ROWS, num_stages=STAGES):
         entry = tl.load(lists + first + row)
-        w = listed_weights(weight, entry, every, n, inside_n, stride_w, NEAR, FULL)
-        acc = tl.fma(tl.broadcast_to(listed_value(entry)[:, None], (ROWS, COLUMNS)), w.to(tl.float32), acc)
-    acc = tl.fma(tl.broadcast_to(listed_value(rest)[:, None], (ROWS, COLUMNS)), last.to(tl.float32), acc)
+        acc = add_listed(acc, entry, listed_weights(weight, entry, every, n, inside_n, stride_w, NEAR, FULL))
+    acc = add_listed(acc, rest, last)
     if SIDE:
         for first in tl.range(0, tl.cdiv(R - split, splits), ROWS):
             r = (first + row) * splits + split
@@ -284,11 +284,9 @@ def rows(x: Tensor, weight_t: Tensor, dtype: torch.dtype, config: Rows | None = 
     config = config or pick(ROWS, x.device)
     step, warps = config.fit(channels, weight_t.element_size())
     y = torch.empty(1, width, dtype=dtype, device=x.device)
-    # Nothing is selected here, so that products may go into their sums unrounded.
-    vector = prepared(x, 1, **vector) | dict(enable_fp_fusion=True)
     run(
         rows_kernel, (config.count(width, x.device),), x,
         weight=weight_t, out=y, N=width, stride_w=weight_t.stride(1), K=channels, WIDTH=power_of_2(channels),
-        ROWS=step, STAGES=config.stages, num_warps=warps, **vector,
+        ROWS=step, STAGES=config.stages, num_warps=warps, **prepared(x, 1, **vector),
     )  # fmt: skip
     return y

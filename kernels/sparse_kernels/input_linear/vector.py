@@ -181,10 +181,12 @@ def prepared(
         stride_part=x.stride(0) if parts else 0, NORM=norm, NORM_BIAS=norm_bias is not None, EPS=eps, TILES=tiles,
         PADDED=power_of_2(tiles), TILE=STATS_TILE, ACTIVATION=activation, GATED=gated, CENTER=center is not None,
         PARTS=0 if parts == 0 else (max(2, power_of_2(parts)) if padded == 1 else 1),
-        enable_fp_fusion=False,  # else a product and the sum it goes into become one operation, rounded once
     )  # fmt: skip
 
 
 def selecting(threshold: Tensor | None, invert: bool) -> dict[str, Any]:
-    """What a kernel is told to select."""
-    return dict(threshold=threshold, CHANNELWISE=threshold is not None and threshold.dim() == 2, INVERT=invert)
+    """What a kernel is told to select, of values that are rounded wherever the definition rounds them."""
+    return dict(
+        threshold=threshold, CHANNELWISE=threshold is not None and threshold.dim() == 2, INVERT=invert,
+        enable_fp_fusion=False,  # else a product and the sum it goes into become one operation, rounded once
+    )  # fmt: skip

@@ -16,6 +16,20 @@ PATIENCE = tl.constexpr(24)  # levels that a search tries by interpolation
 
 
 @triton.jit
+def key_of(value, SHIFT: tl.constexpr):
+    """The key of a float32 value."""
+    bits = value.to(tl.int32, bitcast=True)
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+
+
+@triton.jit
+def value_of(key, SHIFT: tl.constexpr):
+    """The float32 value of a key."""
+    bits = key << SHIFT
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def load_keys(row, j, K, LOWEST: tl.constexpr, SHIFT: tl.constexpr):
     """Integers in the order of the float values at j: NaN counts as -inf, and whatever is beyond the row is lower.
 
@@ -23,22 +37,7 @@ def load_keys(row, j, K, LOWEST: tl.constexpr, SHIFT: tl.constexpr):
     """
     value = tl.load(row + j, mask=j < K, other=0.0).to(tl.float32)
     value = tl.where(value == value, value, float("-inf"))
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    return tl.where(j < K, (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT, LOWEST)
-
-
-@triton.jit
-def value_of(key, SHIFT: tl.constexpr):
-    """The float32 value that `load_keys` made a key of."""
-    bits = key << SHIFT
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def key_of(value, SHIFT: tl.constexpr):
-    """The key of a float32 value."""
-    bits = value.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+    return tl.where(j < K, key_of(tl.where(value == 0.0, 0.0, value), SHIFT), LOWEST)
 
 
 @triton.jit
