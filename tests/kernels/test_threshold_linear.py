@@ -272,6 +272,17 @@ def test_weights_stored_by_output_after_an_activation(device, given, gated):
     assert y.shape == (1, 1, 90) and close(y[0], wanted)
 
 
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_norm_of_more_tiles_than_a_warp_has_threads(device, norm, batch):
+    x, weight = make(batch, 2500, 40, device)
+    x[:, 2100:] *= 3  # what the last tiles hold moves the norm
+    extras = dict(norm=norm, norm_weight=torch.rand(2500, device=device) + 0.5, eps=1e-5)
+    y, _, _ = threshold_linear(x, weight, torch.tensor([0.5], device=device), **extras)
+    wanted, _ = expected(x, weight, torch.tensor([0.5], device=device), [40], **extras)
+    assert (y - wanted).norm() < 1e-4 * wanted.norm()
+
+
 @pytest.mark.parametrize("norm", ["rms", "gemma", "layer"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_weights_stored_by_output_after_a_norm(device, norm, batch):
