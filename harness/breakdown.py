@@ -38,6 +38,7 @@ KERNELS = {
     "statistical_kernel": "selection",
     "near_best_kernel": "selection",
     "score_kernel": "selection",
+    "batch_kernel": "selection",
     "attention_kernel": "attention",
     "merge_kernel": "attention",
     "rope_kernel": "attention",

@@ -14,9 +14,6 @@ from sparse_kernels.neuron_ffn.op import gate_first_ffn, gated_ffn, neuron_ffn
 from sparse_kernels.selection.op import (
     compact,
     gaussian_multiplier,
-    linear_router,
-    low_rank_predictor,
-    router_scores,
     statistical_top_k,
     to_index,
     to_mask,
@@ -25,12 +22,14 @@ from sparse_kernels.selection.op import (
     union,
     union_lists,
 )
+from sparse_kernels.selection.router import batch_score, linear_router, low_rank_predictor, router_scores
 from sparse_kernels.spark_attention.op import spark_attention_decode, spark_attention_multipliers
 
 __all__ = [
     "ACTIVATIONS",
     "add_parts",
     "attention_decode",
+    "batch_score",
     "compact",
     "expert_ffn",
     "expert_ffn_prefill",

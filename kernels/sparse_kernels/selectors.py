@@ -17,7 +17,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import linear_router, low_rank_predictor, router_scores, statistical_top_k, top_k, top_mask, union
+from . import batch_score, linear_router, low_rank_predictor, router_scores, statistical_top_k, top_k, top_mask, union
 from .expert_ffn.launch import crossover
 from .selection import naive
 
@@ -197,15 +197,6 @@ class Router(Selector):
         return self._pooled(router_scores(rows, self.layers[-1], self.bias, self.activation, normalize))
 
 
-def batch_score(score: Tensor) -> Tensor:
-    """[..., units] of [..., batch, units]: what of the scores is positive, summed over the batch.
-
-    Units that no row scores above zero, whose order the paper leaves open, follow by their best score.
-    """
-    total = score.relu().sum(-2)
-    return torch.where(total > 0, total, score.amax(-2))
-
-
 class BatchRouter(Router):
     """Chooses for a whole batch: as many units as its size takes, by the sum of what is positive of its scores.
 
@@ -237,7 +228,7 @@ class BatchRouter(Router):
             return super().forward(x, hidden)
         score = self.scores(x, hidden)
         rows = score.flatten(0, -2)
-        best = batch_score(rows).argsort(descending=True, stable=True)[: self.k_for(len(rows))]
+        best = naive.batch_score(rows).argsort(descending=True, stable=True)[: self.k_for(len(rows))]
         keep = torch.zeros(self.units, dtype=torch.bool, device=score.device).index_fill_(0, best, True)
         return keep.expand_as(score)
 

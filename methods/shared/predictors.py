@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from sparse_kernels.selectors import Router, batch_score
+from sparse_kernels.selection.naive import batch_score
+from sparse_kernels.selectors import Router
 
 from ..base import Data, Progress, silent
 from ..families import Block, blocks, heads_of, place_path

@@ -175,6 +175,7 @@ def compile_selection(one: torch.Tensor) -> None:
             score = router.scores(x, weight[:344], weight[:344, 0].contiguous(), "abs", False, False)
             selection.compact(score, one, False)
             selection.near_best(score, one)
+            router.batch_score(score)
             router.scores(x, weight[:1024], None, "tanh", True, True)
             router.scores(x[:, :1024], weight[:, :1024], None, "identity", False, False)
     router.scores(x.float(), weight[:344].float(), None, "identity", False, False)

@@ -3,7 +3,16 @@ import torch
 import torch.nn.functional as F
 from support import close, double, limits, same
 
-from sparse_kernels import linear_router, low_rank_predictor, router_scores, to_mask, top_k, union, union_lists
+from sparse_kernels import (
+    batch_score,
+    linear_router,
+    low_rank_predictor,
+    router_scores,
+    to_mask,
+    top_k,
+    union,
+    union_lists,
+)
 from sparse_kernels.selection import naive
 from sparse_kernels.selection.launch import Score
 
@@ -30,6 +39,19 @@ def test_linear_router_equals_naive(device, dtype, batch, width, experts):
         assert score.dtype == torch.float32 and found[0].shape == (experts,)
         assert close(score, F.linear(*double(x, weight, offset)))
         assert same(found, naive.union(score > threshold))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("batch", [1, 2, 7, 33])
+@pytest.mark.parametrize("units", [1, 133, 2100])
+def test_batch_score_equals_naive(device, dtype, batch, units):
+    torch.manual_seed(0)
+    score = torch.full((batch, units + 3), float("nan"), device=device, dtype=dtype)[:, :units]
+    score.copy_(torch.randn(batch, units, device=device))
+    score[:, ::5] = -score[:, ::5].abs()  # nobody's
+    found = batch_score(score)
+    assert found.dtype == dtype and close(found, naive.batch_score(score.double()))
+    assert torch.equal(found[::5], score[:, ::5].amax(0))
 
 
 @pytest.mark.parametrize("threshold", [-99.0, 99.0, None])

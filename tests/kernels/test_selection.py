@@ -334,6 +334,7 @@ def test_selections_are_well_formed():
     opcheck(ops.statistical_top_k, (score, 1.5, True, "identity", False))
     opcheck(ops.statistical_top_k, (score, 0.5, False, "silu", True))
     opcheck(ops.near_best, (score.abs(), torch.tensor([0.5])))
+    opcheck(ops.batch_score, (score,))
     for narrow in (False, True):
         opcheck(ops.router_scores, (score.half(), torch.randn(9, 64).half(), None, "relu", True, narrow))
 

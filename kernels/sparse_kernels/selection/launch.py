@@ -69,3 +69,4 @@ MANY = 2048  # experts
 # rows of 11008 experts of width 1024 10.3 and 7.7.
 FEW = 8
 LISTED_AT_ONCE = 8192  # channels up to which one program lists the largest faster than many do by a mask
+BATCH_BLOCK = 128  # units whose scores a program adds over a batch

@@ -99,3 +99,9 @@ def near_best(score: Tensor, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """score [B, E], -inf where it is less than share times its row's best, and the list of what any row keeps."""
     keep = score >= share * score.amax(1, keepdim=True)
     return score.masked_fill(~keep, -float("inf")), *union(keep)
+
+
+def batch_score(score: Tensor) -> Tensor:
+    """What is positive of score [..., B, K], summed over B; the best of B where nothing is: [..., K]."""
+    total = score.relu().sum(-2)
+    return torch.where(total > 0, total, score.amax(-2))

@@ -1,4 +1,4 @@
-"""The Triton kernel of a router's or predictor's layer: what its experts score."""
+"""Triton kernels of routers and predictors: what a layer's experts score, and what a batch scores them together."""
 
 import torch
 import triton
@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_kernels.blocks import begin
 from sparse_kernels.launch import depth, interpreting, padded_batch, pick, power_of_2, run
 from sparse_kernels.selection.kernel import respond
-from sparse_kernels.selection.launch import FEW, MANY, SCORE, Score
+from sparse_kernels.selection.launch import BATCH_BLOCK, FEW, MANY, SCORE, Score
 
 
 @triton.jit
@@ -68,6 +68,30 @@ def score_kernel(
     inside = (b < B)[:, None] & (e < E)[None, :]
     place = score + b.to(tl.int64)[:, None] * E + e[None, :]
     tl.store(place, logit.to(score.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def batch_kernel(score, out, B, K, stride, BATCH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """out[k] = sum over rows of the positive score[b, k], or the best of them where that is zero."""
+    b = tl.arange(0, BATCH)
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    begin(PDL)
+    place = score + b.to(tl.int64)[:, None] * stride + k[None, :]
+    v = tl.load(place, mask=(b < B)[:, None] & (k < K)[None, :], other=-float("inf"))
+    total = tl.sum(tl.maximum(v.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL), 0)
+    tl.store(out + k, tl.where(total > 0, total, tl.max(v.to(tl.float32), 0)), mask=k < K)
+
+
+def batch_score(score: Tensor) -> Tensor:
+    """The scores [K] of a batch."""
+    batch, units = score.shape
+    block = power_of_2(min(units, BATCH_BLOCK))
+    out = torch.empty(units, dtype=score.dtype, device=score.device)
+    run(
+        batch_kernel, (triton.cdiv(units, block),),
+        score, out, batch, units, score.stride(0), BATCH=power_of_2(batch), BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return out
 
 
 def scores(
