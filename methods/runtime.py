@@ -241,8 +241,8 @@ class FastBlock:
         if self.heads is not None and lists is None:
             mixed = self.heads.kept(mixed)
 
-        whole = self.whole if self.whole and takes_rows(h, self.down.weight_t) else None
-        if self.ffn is None and not self.after and not whole:
+        whole = self.whole if self.whole is not None and takes_rows(h, self.down.weight_t) else None
+        if self.ffn is None and not self.after and whole is None:
             h, stats = self.o(mixed, residual=h, with_stats=True)
             self._tell("mlp_in", h)
             x, _ = self.up(h, partial=self.up.bias is None, **self.second.options(stats))
@@ -253,14 +253,14 @@ class FastBlock:
             h, x = residual_norm(mixed, h, self.second.weight, self.second.bias, self.second.eps, self.second.kind)
             self._tell("mlp_in", h)
             parts: Tensor | None = None
-            if whole and not self.after:
+            if whole is not None and not self.after:
                 parts, constant = whole(x, partial=True)[:, None], self.down.bias
             elif isinstance(self.ffn, ExpertFFN) and not self.after:
                 parts, constant = self.ffn.parts(x), self.ffn.constant
             if parts is not None:
                 h, stats = add_parts(parts, h, constant)
             else:
-                y = whole(x, down_bias=self.down.bias) if whole else self._feed(x)
+                y = self._feed(x) if whole is None else whole(x, down_bias=self.down.bias)
                 h, stats = add_parts((self.after[1](y) if self.after else y)[None], h)
         if self.last:
             torch._foreach_add_([entry.cumulative_length for entry in cache.layers], 1)

@@ -190,8 +190,8 @@ def test_layers_that_one_tau_cannot_serve_are_told() -> None:
 
 def test_a_random_router_has_learned_nothing_and_meets_the_density() -> None:
     """Its start is the learned router's; tau is found for it as for any other."""
-    model = opt()
-    learned, chance = prepare(model), prepare(model, f"{QUICK}:selector=random")
+    model, spec = opt(), "d2dmoe:expert_size=8:steps=2:batch=2:windows=64:epochs=8"
+    learned, chance = prepare(model, spec), prepare(model, f"{spec}:selector=random")
     assert chance.manifest["target_reached"] and chance.manifest["density"] == pytest.approx(0.5, abs=0.01)
     generator = torch.Generator().manual_seed(0)
     for block in range(2):
@@ -201,7 +201,7 @@ def test_a_random_router_has_learned_nothing_and_meets_the_density() -> None:
             assert not torch.equal(learned.tensors[f"router.{block}.{name}"], weight.bfloat16())
     assert all(torch.equal(v, learned.tensors[n]) for n, v in chance.tensors.items() if n.startswith("delta"))
     caught = [sum(found.manifest["captured"]) for found in (chance, learned)]
-    assert caught[0] < caught[1] - 0.02
+    assert caught[0] < caught[1] - 0.05
 
 
 def test_bisection_stops_within_tolerance_or_at_the_nearest() -> None:
