@@ -26,6 +26,7 @@ class Layout:
     activation: str  # the config attribute that names the activation
     norms: tuple[str, str] | None = None  # before attention and before the FFN; None where the runtime has no block
     after: tuple[str, str] | None = None  # norms of what attention and the FFN add to the residual stream
+    last_norm: str = "model.norm"  # of what the last block leaves
     gemma_norms: bool = False  # norms multiply by 1 + weight
     scaled_query: bool = False  # the query is scaled, and rounded, before it meets the keys
     decode_mask: bool = False  # a decode step needs an explicit attention mask to stay free of host reads
@@ -72,6 +73,7 @@ OPT = Layout(
     ffn=("fc1", "activation_fn", "fc2"),
     activation="activation_function",
     norms=("self_attn_layer_norm", "final_layer_norm"),
+    last_norm="model.decoder.final_layer_norm",
     scaled_query=True,
     decode_mask=True,
 )

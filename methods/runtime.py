@@ -280,6 +280,24 @@ class FastBlock:
             self.taps[place].value = value
 
 
+class LastNorm:
+    """The norm of what the last block of a step left, in one launch; `forward` takes the place of the module's own."""
+
+    def __init__(self, model: PreTrainedModel, step: Step) -> None:
+        layout = layout_of(model.config)
+        self.module: Any = model.get_submodule(layout.last_norm)
+        self.slow, self.step = self.module.forward, step
+        self.norm = Norm(self.module, layout.gemma_norms)
+
+    def restore(self) -> None:
+        self.module.__dict__.pop("forward", None)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if hidden_states is not self.step.hidden:
+            return self.slow(hidden_states)
+        return self.norm(hidden_states[:, 0])[:, None]
+
+
 def window_of(config: Any) -> int | None:
     """How many positions some layers see at most; None where all see all."""
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
@@ -295,6 +313,8 @@ def why_not(model: PreTrainedModel, length: int = 0) -> str | None:
         return f"the decode runtime has no block for architecture '{model.config.model_type}' yet."
     if getattr(model.config, "do_layer_norm_before", True) is False:
         return "the decode runtime norms before attention and FFN, this model after them."
+    if getattr(model.config, "_remove_final_layer_norm", False):
+        return "the decode runtime norms what the last block leaves, this model does not."
     modules = model.get_submodule(layout.layers).children()
     if any(isinstance(m.get_submodule(layout.linears[site]), ExpertFFN) for m in modules for site in "qkvo"):
         return "the decode runtime has no block for attention projections that are MLPs."
@@ -329,13 +349,16 @@ def runtime(
     if handle is not None:
         phase = lambda: handle.phase.active is True and not handle.meter.enabled  # noqa: E731
     blocks: list[FastBlock] = []
+    last = LastNorm(model, step)
     try:
         for index, module in enumerate(modules):
             taps = {} if handle is None else {place: tap for (place, at), tap in handle.taps.items() if at == index}
             blocks.append(FastBlock(model, module, index, index + 1 == len(modules), step, phase, taps, share))
         for block in blocks:
             block.module.forward = block.forward
+        last.module.forward = last.forward
         yield blocks
     finally:
+        last.restore()
         for block in blocks:
             block.restore()

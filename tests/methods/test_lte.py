@@ -203,7 +203,7 @@ def test_a_larger_eta_gives_a_lower_density() -> None:
 
 
 def test_the_artifact_reproduces_the_student() -> None:
-    """Only the rounding of the stored differences to 8 bits lies between them."""
+    """Only the rounding of the stored differences to 8 bits lies between them, which moves few scores across 0.5."""
     model, ids = llama(), windows(2)
     s = student(model)
     s.train_soft(1.0, 10, "stage 1", None)
@@ -217,7 +217,7 @@ def test_the_artifact_reproduces_the_student() -> None:
     with torch.no_grad(), sparsify(model, artifact, "all"):
         stored = model(input_ids=ids).logits
     expected = s2.student.model(input_ids=ids).logits
-    assert (stored - expected).norm() / expected.norm() < 0.02
+    assert ((stored - expected).norm(dim=-1) / expected.norm(dim=-1)).median() < 0.02
 
 
 def test_differences_in_eight_bits() -> None:
