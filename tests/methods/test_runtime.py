@@ -94,6 +94,7 @@ def test_dense_steps_are_those_of_transformers(kind, batch):
         found, served = decode(model, prompt, 8)
     assert served == 7 * 2
     assert torch.allclose(found, wanted, atol=2e-4) and torch.equal(found.argmax(-1), wanted.argmax(-1))
+    assert not any("forward" in module.__dict__ for module in model.modules())
     again, served = decode(model, prompt, 8)
     assert served == 0 and torch.equal(again, wanted)
 
