@@ -22,6 +22,7 @@ VERBS = {
     "bench": "time the kernels against the memory limit and dense libraries",
 }
 INTERRUPTED = 130
+OURS = ("harness", "methods", "sparse_kernels.")  # a module of these that is missing is our mistake
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,6 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dispatch(arguments)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or OURS[0]).startswith(OURS):
+            raise
+        print(
+            f"error: this Python has no module '{error.name}': run `pip install -e .` where pyproject.toml is, "
+            "and start with the Python it went to.",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         again = " Finished cells are kept: the same command goes on from there." if arguments[:1] == ["run"] else ""

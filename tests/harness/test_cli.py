@@ -107,7 +107,13 @@ def test_no_command_prints_help_and_exits_with_2(capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "words"), [(UsageError("x"), 2, "error: x"), (KeyboardInterrupt(), 130, "goes on")]
+    ("error", "code", "words"),
+    [
+        (UsageError("x"), 2, "error: x"),
+        (KeyboardInterrupt(), 130, "goes on"),
+        (ModuleNotFoundError(name="torch.nn"), 2, "no module 'torch.nn': run `pip install -e .`"),
+        (ModuleNotFoundError(name="sparse_kernels"), 2, "no module 'sparse_kernels'"),
+    ],
 )
 def test_exceptions_become_exit_codes(error: Any, code: int, words: str, monkeypatch: Any, capsys: Capture) -> None:
     def fail(args: Any) -> int:
@@ -116,6 +122,12 @@ def test_exceptions_become_exit_codes(error: Any, code: int, words: str, monkeyp
     monkeypatch.setattr(cli, "import_module", lambda *_: SimpleNamespace(add_arguments=lambda parser: None, main=fail))
     assert cli.main(["run"]) == code
     assert words in capsys.readouterr().err
+
+
+def test_a_module_of_our_own_that_is_missing_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cli.VERBS, "nothing", "")
+    with pytest.raises(ModuleNotFoundError, match="harness.nothing"):
+        cli.main(["nothing"])
 
 
 def test_cuda_without_a_gpu(capsys: Capture) -> None:
