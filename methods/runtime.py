@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -283,11 +284,8 @@ class FastBlock:
 class LastNorm:
     """The norm of what the last block of a step left, in one launch; `forward` takes the place of the module's own."""
 
-    def __init__(self, model: PreTrainedModel, step: Step) -> None:
-        layout = layout_of(model.config)
-        self.module: Any = model.get_submodule(layout.last_norm)
-        self.slow, self.step = self.module.forward, step
-        self.norm = Norm(self.module, layout.gemma_norms)
+    def __init__(self, module: Any, gemma: bool, step: Step) -> None:
+        self.module, self.slow, self.norm, self.step = module, module.forward, Norm(module, gemma), step
 
     def restore(self) -> None:
         self.module.__dict__.pop("forward", None)
@@ -313,8 +311,6 @@ def why_not(model: PreTrainedModel, length: int = 0) -> str | None:
         return f"the decode runtime has no block for architecture '{model.config.model_type}' yet."
     if getattr(model.config, "do_layer_norm_before", True) is False:
         return "the decode runtime norms before attention and FFN, this model after them."
-    if getattr(model.config, "_remove_final_layer_norm", False):
-        return "the decode runtime norms what the last block leaves, this model does not."
     modules = model.get_submodule(layout.layers).children()
     if any(isinstance(m.get_submodule(layout.linears[site]), ExpertFFN) for m in modules for site in "qkvo"):
         return "the decode runtime has no block for attention projections that are MLPs."
@@ -343,22 +339,25 @@ def runtime(
     reason = why_not(model)
     if reason:
         raise UsageError(reason)
-    modules = list(model.get_submodule(layout_of(model.config).layers).children())
-    step = Step()
+    layout, step = layout_of(model.config), Step()
+    modules = list(model.get_submodule(layout.layers).children())
     phase: Callable[[], bool] | None = None
     if handle is not None:
         phase = lambda: handle.phase.active is True and not handle.meter.enabled  # noqa: E731
     blocks: list[FastBlock] = []
-    last = LastNorm(model, step)
+    norm = attrgetter(layout.last_norm)(model)
+    last = [] if norm is None else [LastNorm(norm, layout.gemma_norms, step)]  # an OPT may have none
     try:
         for index, module in enumerate(modules):
             taps = {} if handle is None else {place: tap for (place, at), tap in handle.taps.items() if at == index}
             blocks.append(FastBlock(model, module, index, index + 1 == len(modules), step, phase, taps, share))
         for block in blocks:
             block.module.forward = block.forward
-        last.module.forward = last.forward
+        for final in last:
+            final.module.forward = final.forward
         yield blocks
     finally:
-        last.restore()
+        for final in last:
+            final.restore()
         for block in blocks:
             block.restore()

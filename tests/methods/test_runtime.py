@@ -99,6 +99,15 @@ def test_dense_steps_are_those_of_transformers(kind, batch):
     assert served == 0 and torch.equal(again, wanted)
 
 
+def test_an_opt_without_a_last_norm():
+    model, prompt = MODELS["opt"](_remove_final_layer_norm=True), windows(1, 9)
+    assert model.model.decoder.final_layer_norm is None
+    wanted, _ = decode(model, prompt, 8)
+    with runtime(model):
+        found, served = decode(model, prompt, 8)
+    assert served == 7 * 2 and torch.allclose(found, wanted, atol=2e-4)
+
+
 @pytest.mark.parametrize("kind", [*MODELS, "qwen2", "gemma2"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_dense_steps_by_the_kernels_are_those_of_transformers(kind, batch, device):
