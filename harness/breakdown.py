@@ -41,6 +41,7 @@ KERNELS = {
     "batch_kernel": "selection",
     "attention_kernel": "attention",
     "merge_kernel": "attention",
+    "rotary_kernel": "attention",
     "rope_kernel": "attention",
     "token_kernel": "attention",
     "spark_score_kernel": "selection",

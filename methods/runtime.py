@@ -24,6 +24,7 @@ from sparse_kernels import (
     neuron_ffn,
     residual_norm,
     rope_cache_write,
+    rotary_table,
     row_stats,
     threshold_linear,
     token_attention,
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 NORMS = {"rms": "variance_epsilon", "gemma": "eps", "layer": "eps"}
 DENSE = -1.0  # no magnitude is below it
+FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the sequence
 
 
 @dataclass
@@ -194,6 +196,7 @@ class FastBlock:
     def serves(self, hidden: Tensor, cache: Any) -> bool:
         """One token per sequence, a static cache with something in it, every position sparse, nobody counting.
 
+        hidden: [B, 1, d], or the tokens [B, 1] themselves.
         A cache shorter than its sliding window never slides. All blocks serve a step or none: they count it together.
         """
         if hidden.shape[1] != 1 or hidden.shape[0] > FAST_ROWS or not hasattr(cache, "layers"):
@@ -281,19 +284,43 @@ class FastBlock:
             self.taps[place].value = value
 
 
-class LastNorm:
-    """The norm of what the last block of a step left, in one launch; `forward` takes the place of the module's own."""
+def last_norm(module: Any, gemma: bool, step: Step) -> Callable[[Tensor], Tensor]:
+    """The forward of a norm that takes what the last block of a step left, in one launch."""
+    slow, norm = module.forward, Norm(module, gemma)
 
-    def __init__(self, module: Any, gemma: bool, step: Step) -> None:
-        self.module, self.slow, self.norm, self.step = module, module.forward, Norm(module, gemma), step
+    def forward(hidden_states: Tensor) -> Tensor:
+        return norm(hidden_states[:, 0])[:, None] if hidden_states is step.hidden else slow(hidden_states)
 
-    def restore(self) -> None:
-        self.module.__dict__.pop("forward", None)
+    return forward
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states is not self.step.hidden:
-            return self.slow(hidden_states)
-        return self.norm(hidden_states[:, 0])[:, None]
+
+def rotation(module: Any) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The forward of a rotary embedding that makes the tables of one token per sequence in one launch."""
+    slow = module.forward
+
+    def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        if x.shape[1] != 1:
+            return slow(x, position_ids)
+        cos, sin = rotary_table(position_ids[:, 0], module.inv_freq.float(), module.attention_scaling, x.dtype)
+        return cos[:, None], sin[:, None]
+
+    return forward
+
+
+def unmasked(decoder: Any, serves: Callable[[Any, Any], bool]) -> Callable[..., Any]:
+    """The forward of a decoder that builds no mask for a step whose blocks see from the cache what they attend to."""
+    slow = decoder.forward
+    visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=decoder.device)  # four dimensions: taken as it is
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        # Without its positions an OPT counts them in the mask.
+        told = tokens is not None and kwargs.get("position_ids") is not None
+        if told and not args and serves(tokens, kwargs.get("cache", kwargs.get("past_key_values"))):
+            kwargs["attention_mask"] = visible
+        return slow(*args, **kwargs)
+
+    return forward
 
 
 def window_of(config: Any) -> int | None:
@@ -345,19 +372,24 @@ def runtime(
     if handle is not None:
         phase = lambda: handle.phase.active is True and not handle.meter.enabled  # noqa: E731
     blocks: list[FastBlock] = []
-    norm = attrgetter(layout.last_norm)(model)
-    last = [] if norm is None else [LastNorm(norm, layout.gemma_norms, step)]  # an OPT may have none
+    decoder: Any = model.get_submodule(layout.layers.rpartition(".")[0])
+    norm, rotary = attrgetter(layout.last_norm)(model), getattr(decoder, "rotary_emb", None)
+    around: dict[Any, Callable[..., Any]] = {decoder: unmasked(decoder, lambda *step: blocks[0].serves(*step))}
+    if norm is not None:  # an OPT may have none
+        around[norm] = last_norm(norm, layout.gemma_norms, step)
+    if getattr(rotary, "rope_type", None) in FIXED_ROPES:
+        around[rotary] = rotation(rotary)
     try:
         for index, module in enumerate(modules):
             taps = {} if handle is None else {place: tap for (place, at), tap in handle.taps.items() if at == index}
             blocks.append(FastBlock(model, module, index, index + 1 == len(modules), step, phase, taps, share))
         for block in blocks:
             block.module.forward = block.forward
-        for final in last:
-            final.module.forward = final.forward
+        for module, forward in around.items():
+            module.forward = forward
         yield blocks
     finally:
-        for final in last:
-            final.restore()
+        for module in around:
+            module.__dict__.pop("forward", None)
         for block in blocks:
             block.restore()

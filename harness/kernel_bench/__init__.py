@@ -20,6 +20,7 @@ OPERATORS = {
     "low_rank_predictor": "selection",
     "residual_norm": "glue",
     "glu": "glue",
+    "rotary_table": "attention",
     "rope_cache_write": "attention",
     "token_attention": "attention",
     "chain": "chain",

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sparse_kernels import (
     attention_decode,
     rope_cache_write,
+    rotary_table,
     spark_attention_decode,
     spark_attention_multipliers,
     token_attention,
@@ -45,6 +46,7 @@ def cases(shape: Shape) -> Iterator[Case]:
         if batch == 1:
             build = partial(_token, shape, context)
             yield Case("token_attention", f"{heads}, context {context}", 1, 1.0, build, "cuDNN SDPA")
+    yield Case("rotary_table", f"{shape.name} {shape.head_dim} channels", 1, 1.0, partial(_table, shape))
     for batch in (1, 16):
         yield Case("rope_cache_write", heads, batch, 1.0, partial(_rope, shape, batch))
 
@@ -141,6 +143,23 @@ def _token(shape: Shape, context: int, draw: Draw) -> Copy:
         bytes=round(cost.attention_bytes(1, groups, context, dim, key.element_size())),
         density=1.0,
         baseline=partial(_dense, query, keys, values),
+    )
+
+
+def _table(shape: Shape, draw: Draw) -> Copy:
+    position = torch.full((1,), draw.seed % ROPE_CONTEXT, device=draw.device)
+    frequencies = draw.normal(shape.head_dim // 2, dtype=torch.float32).abs()
+
+    def reference() -> Tensor:
+        angle = (position.double() * frequencies.double()).repeat(1, 2)
+        return torch.cat([angle.cos(), angle.sin()])
+
+    return Copy(
+        run=lambda: rotary_table(position, frequencies, 1.0, draw.dtype),
+        result=lambda cos, sin: torch.cat([cos, sin]),
+        reference=reference,
+        bytes=cost.rotary_bytes(1, shape.head_dim, draw.dtype.itemsize),
+        density=1.0,
     )
 
 

@@ -5,7 +5,7 @@ Each operator is a folder: `naive.py` is its definition in a few lines of torch,
 """
 
 from sparse_kernels.activations import ACTIVATIONS
-from sparse_kernels.attention.op import attention_decode, rope_cache_write, token_attention
+from sparse_kernels.attention.op import attention_decode, rope_cache_write, rotary_table, token_attention
 from sparse_kernels.bandwidth import read_bandwidth
 from sparse_kernels.expert_ffn.op import expert_ffn, expert_ffn_prefill, expert_hidden
 from sparse_kernels.glue.op import glu, residual_norm
@@ -45,6 +45,7 @@ __all__ = [
     "read_bandwidth",
     "residual_norm",
     "rope_cache_write",
+    "rotary_table",
     "router_scores",
     "row_stats",
     "spark_attention_decode",

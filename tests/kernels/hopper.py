@@ -247,6 +247,7 @@ def compile_attention() -> None:
             spark.spark_attention_decode(query, cache, cache, visible, torch.empty(8193))
     qkv, cache = torch.empty(1, 48, 128, dtype=torch.bfloat16), torch.empty(1, 8, 4096, 128, dtype=torch.bfloat16)
     table, place = torch.empty(1, 128, dtype=torch.bfloat16), torch.empty(1, dtype=torch.int64)
+    attention_rope.rotary_table(place, torch.empty(64), 1.0, torch.bfloat16)
     for tables, norm in (((table, table), table[0]), ((None, None), None)):
         attention_rope.rope_cache_write(*qkv.split([32, 8, 8], 1), *tables, place, cache, cache, norm, norm, 1e-6)
     for parts in (22, 66):

@@ -81,5 +81,6 @@ def test_neurons_load_sixteen_bytes_at_a_time(launches, kernel):
 
 def test_no_kernel_spills_registers_or_outgrows_shared_memory(launches):
     few = 16  # bytes that Triton 3.6 leaves on the stack of some kernels
-    assert not [r for r in launches if r["stack"] > few and not for_checks(r)]
+    angles = "rotary_kernel"  # cosines of large angles keep digits of 2 / pi there
+    assert not [r for r in launches if r["stack"] > few and not for_checks(r) and r["kernel"] != angles]
     assert not [r for r in launches if r["shared"] > 227 * 1024]

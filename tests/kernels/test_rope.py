@@ -4,7 +4,7 @@ from support import ROUNDED, agree, close, double
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_kernels import attention_decode, rope_cache_write, token_attention
+from sparse_kernels import attention_decode, rope_cache_write, rotary_table, token_attention
 from sparse_kernels.attention import naive
 
 INT = dict(dtype=torch.int32)
@@ -85,6 +85,51 @@ def test_rope_norms_in_half_precision(device, dtype, norm_dtype):
         ulp = torch.finfo(dtype).eps
         assert torch.allclose(actual, wanted, rtol=2 * ulp, atol=4 * ulp)
         assert (actual != wanted).float().mean() < 0.02
+
+
+@pytest.mark.parametrize("batch, dim", [(1, 128), (3, 80), (64, 256)])
+@pytest.mark.parametrize("dtype", [torch.float32, *ROUNDED])
+def test_the_table_is_that_of_transformers(device, batch, dim, dtype):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    scaling = dict(rope_type="yarn", factor=4.0, rope_theta=1e4)  # it scales the tables too
+    config = LlamaConfig(head_dim=dim, max_position_embeddings=2**17, rope_parameters=scaling)
+    rotary = LlamaRotaryEmbedding(config).to(device)
+    torch.manual_seed(0)
+    position = torch.randint(0, 2**17, (batch, 2), device=device)[:, :1]
+    position[0] = 2**17 - 1
+    wanted = rotary(torch.empty(1, dtype=dtype, device=device), position)
+    found = rotary_table(position[:, 0], rotary.inv_freq, rotary.attention_scaling, dtype)
+    assert rotary.attention_scaling != 1
+    for table, expected in zip(found, wanted, strict=True):
+        assert (table.dtype, table.shape) == (dtype, (batch, dim))
+        if device == "cpu":  # interpreted: NumPy's cosines
+            assert torch.allclose(table, expected[:, 0], rtol=0, atol=4 * torch.finfo(dtype).eps)
+        else:
+            assert torch.equal(table, expected[:, 0])
+    again = rotary_table(position[:, 0].int(), rotary.inv_freq, rotary.attention_scaling, dtype)
+    assert all(torch.equal(a, b) for a, b in zip(again, found, strict=True))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(position=torch.zeros(1, 1, dtype=torch.int64)), "position must have shape .batch"),
+        (dict(position=torch.zeros(0, dtype=torch.int64)), "position must have shape .batch"),
+        (dict(position=torch.zeros(2)), "position must be int64 or int32"),
+        (dict(frequencies=torch.zeros(129)), "frequencies must be float32 .1 to 128"),
+        (dict(frequencies=torch.zeros(8).half()), "frequencies must be float32"),
+        (dict(frequencies=torch.zeros(16)[::2]), "frequencies must be contiguous"),
+        (dict(frequencies=torch.zeros(8, device="meta")), "frequencies must be on cpu"),
+        (dict(dtype=torch.int32), "dtype must be float32, float16 or bfloat16"),
+    ],
+)
+def test_the_table_outside_its_domain(changes, message):
+    good = dict(position=torch.zeros(2, dtype=torch.int64), frequencies=torch.zeros(8), scale=1.0, dtype=torch.float32)
+    opcheck(torch.ops.sparse_kernels.rotary_table, tuple(good.values()))
+    with pytest.raises(ValueError, match=message):
+        rotary_table(**good | changes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

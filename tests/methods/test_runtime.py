@@ -1,10 +1,12 @@
 """The decode runtime against transformers' own blocks, on the operators' definitions."""
 
+from collections import Counter
 from contextlib import nullcontext
 
 import pytest
 import torch
 from models import MODELS, data, gemma2, llama, windows
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
@@ -59,10 +61,10 @@ def decode(model, prompt, steps, handle=None):
     served = 0
     forward = FastBlock.serves
 
-    def counting(self, *args):
+    def counting(self, hidden, cache):
         nonlocal served
-        found = forward(self, *args)
-        served += found
+        found = forward(self, hidden, cache)
+        served += found and hidden.dim() == 3  # not the decoder, which asks with its tokens
         return found
 
     FastBlock.serves = counting
@@ -97,6 +99,58 @@ def test_dense_steps_are_those_of_transformers(kind, batch):
     assert not any("forward" in module.__dict__ for module in model.modules())
     again, served = decode(model, prompt, 8)
     assert served == 0 and torch.equal(again, wanted)
+
+
+class Operators(TorchDispatchMode):
+    """Counts calls of operators by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls[function._schema.name.partition("::")[2]] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gemma2"])
+def test_around_its_blocks_a_step_makes_no_masks_and_no_angles(kind):
+    model, prompt = built(kind), windows(1, 9)
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    extra = {"attention_mask": torch.ones(1, 12)} if kind == "opt" else {}
+    arguments = dict(cached(model, cache), use_cache=True, **extra)
+    step = dict(input_ids=prompt[:, :1], position_ids=torch.full((1, 1), 9))
+    with torch.no_grad(), runtime(model):
+        model(input_ids=prompt, position_ids=torch.arange(9)[None], **arguments)
+        with Operators() as seen:
+            model(**step, **arguments)
+        spared = ("arange", "le", "cos", "sin", "cat", "rsqrt", "native_layer_norm")
+        own = Counter(name for name in seen.calls.elements() if name in spared)
+        assert not own and seen.calls["rotary_table"] == (kind != "opt")
+        with Operators() as seen:  # a prompt still has both
+            model(input_ids=prompt, position_ids=torch.arange(9)[None], use_cache=False)
+        assert seen.calls["cos"] == (kind != "opt") and not seen.calls["rotary_table"]
+
+
+def test_an_opt_that_counts_its_positions_in_the_mask_keeps_it():
+    model, prompt = built("opt"), windows(2, 9)
+    step = dict(input_ids=prompt[:, :1], attention_mask=torch.ones(2, 10))
+    logits = []
+    for steps in (nullcontext(), runtime(model)):
+        cache = StaticCache(config=model.config, max_cache_len=10)
+        with torch.no_grad(), steps:
+            model(input_ids=prompt, **cached(model, cache), use_cache=True)
+            logits.append(model(**step, **cached(model, cache), use_cache=True).logits)
+    assert torch.allclose(*logits, atol=2e-4)
+
+
+def test_frequencies_that_change_with_the_sequence_stay_with_transformers():
+    scaling = dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)
+    model, prompt = MODELS["llama"](rope_parameters=scaling, max_position_embeddings=12), windows(1, 9)
+    wanted, _ = decode(model, prompt, 8)  # beyond 12 positions
+    with runtime(model), Operators() as seen:
+        found, served = decode(model, prompt, 8)
+    assert served == 7 * 2 and torch.allclose(found, wanted, atol=2e-4) and not seen.calls["rotary_table"]
 
 
 def test_an_opt_without_a_last_norm():

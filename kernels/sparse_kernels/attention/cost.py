@@ -13,6 +13,11 @@ def attention_bytes(
     return 2 * batch * groups * positions * dim * itemsize * density
 
 
+def rotary_bytes(batch: int, dim: int, itemsize: int = 2) -> int:
+    """Bytes of the frequencies, and of both tables written."""
+    return 4 * dim // 2 + 2 * batch * dim * itemsize
+
+
 def rope_bytes(batch: int, heads: int, groups: int, dim: int, itemsize: int = 2) -> int:
     """Bytes of q, k and v of one token per sequence, read once."""
     return batch * (heads + 2 * groups) * dim * itemsize

@@ -20,7 +20,7 @@ class Decode:
     programs: int
 
 
-# Keyed by `regime`; "token": `token_attention`.
+# Keyed by `regime`; "token": `token_attention`, "token, parts": of projections that are left in several parts.
 LAUNCH: dict[int, dict[str, Decode]] = {
     90: {
         "heads": Decode(keys=128, warps=4, stages=2, programs=1),
@@ -28,6 +28,7 @@ LAUNCH: dict[int, dict[str, Decode]] = {
         "kept": Decode(keys=64, warps=4, stages=5, programs=1),
         "kept, halves": Decode(keys=64, warps=4, stages=2, programs=4),
         "token": Decode(keys=128, warps=4, stages=2, programs=2),
+        "token, parts": Decode(keys=64, warps=4, stages=3, programs=2),
     }
 }
 MAX_SPLITS = 128

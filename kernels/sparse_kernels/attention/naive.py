@@ -1,4 +1,4 @@
-"""Definitions of `attention_decode`, `rope_cache_write` and `token_attention`."""
+"""Definitions of `attention_decode`, `rotary_table`, `rope_cache_write` and `token_attention`."""
 
 import torch
 from torch import Tensor
@@ -39,6 +39,12 @@ def normalise(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     y = x.to(torch.promote_types(x.dtype, torch.float32))
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
     return (weight * (y.to(x.dtype) if weight.dtype == x.dtype else y)).to(x.dtype)
+
+
+def rotary_table(position: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position times frequencies, twice beside each other, times scale: [B, D] each."""
+    angle = (position[:, None].float() * frequencies).repeat(1, 2)
+    return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:

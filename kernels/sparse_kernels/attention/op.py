@@ -1,4 +1,4 @@
-"""Registered operators `attention_decode`, `rope_cache_write` and `token_attention`."""
+"""Registered operators `attention_decode`, `rotary_table`, `rope_cache_write` and `token_attention`."""
 
 import math
 
@@ -85,6 +85,26 @@ def attention_decode(
     return torch.ops.sparse_kernels.attention_decode(
         query, key, value, lengths, index, count, scale, window or 0, softcap or 0.0
     )
+
+
+def rotary_table(position: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine by which one new token per sequence is rotated, in one launch.
+
+    position: int64 or int32 [B], B >= 1, any stride. frequencies: contiguous float32 [D / 2], D <= 256: `inv_freq` of
+    transformers' rotary embeddings; scale: their `attention_scaling`. Returns cos and sin, [B, D] in dtype, as those
+    embeddings make them: angle, cosine, sine and scale in float32, then rounded. Raises ValueError outside this domain.
+    """
+    require(position.dim() == 1 and len(position) >= 1, "position must have shape [batch], got {}.", position.shape)
+    known = position.dtype in (torch.int64, torch.int32)
+    require(known, "position must be int64 or int32, got {}.", position.dtype)
+    fits = frequencies.dim() == 1 and 1 <= len(frequencies) <= MAX_DIM // 2 and frequencies.dtype == torch.float32
+    sentence = "frequencies must be float32 [1 to {}], got {} {}."
+    require(fits, sentence, MAX_DIM // 2, frequencies.dtype, frequencies.shape)
+    require(frequencies.is_contiguous(), "frequencies must be contiguous, got strides {}.", frequencies.stride())
+    same = frequencies.device == position.device
+    require(same, "frequencies must be on {}, got {}.", position.device, frequencies.device)
+    require(dtype in (*DTYPES, torch.float64), "dtype must be float32, float16 or bfloat16, got {}.", dtype)
+    return torch.ops.sparse_kernels.rotary_table(position, frequencies, scale, dtype)
 
 
 def rope_cache_write(
@@ -240,6 +260,31 @@ def _flops(query_shape, key_shape, *args, **kwargs) -> int:
     """Those of attention with all heads to the whole cache: what is skipped is not known from shapes."""
     batch, heads, dim = query_shape
     return 4 * batch * heads * dim * key_shape[2]
+
+
+@torch.library.custom_op(
+    "sparse_kernels::rotary_table",
+    mutates_args=(),
+    schema="(Tensor position, Tensor frequencies, float scale, ScalarType dtype) -> (Tensor, Tensor)",
+)
+def _rotary_table(position: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    if not use_triton(position):
+        return naive.rotary_table(position, frequencies, scale, dtype)
+    from sparse_kernels.attention import rope
+
+    return rope.rotary_table(position, frequencies, scale, dtype)
+
+
+@_rotary_table.register_fake
+def _(position, frequencies, scale, dtype):
+    shape = (len(position), 2 * len(frequencies))
+    return frequencies.new_empty(shape, dtype=dtype), frequencies.new_empty(shape, dtype=dtype)
+
+
+@register_flop_formula(torch.ops.sparse_kernels.rotary_table)
+def _table_flops(*args, **kwargs) -> int:
+    """None: no matrix product."""
+    return 0
 
 
 @torch.library.custom_op(

@@ -1,4 +1,4 @@
-"""Triton kernel of `rope_cache_write`: rotation of the new token's heads, and their way into the cache."""
+"""Triton kernels of `rotary_table` and `rope_cache_write`: the new token's heads are rotated and go to the cache."""
 
 import torch
 import triton
@@ -11,18 +11,44 @@ from sparse_kernels.launch import power_of_2, run
 
 
 @triton.jit
+def rotary_kernel(
+    position, frequencies, cos, sin, scale, stride_position, HALF: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr
+):
+    """Cosine and sine of one position's angles, twice beside each other."""
+    b, d = tl.program_id(0), tl.arange(0, WIDTH)
+    half = d < HALF
+    scale = tl.cast(scale, tl.float32)
+    frequency = tl.load(frequencies + d, mask=half, other=0.0)
+    begin(PDL)
+    angle = tl.load(position + b * stride_position).to(tl.float32) * frequency
+    c, s = (tl.cos(angle) * scale).to(cos.dtype.element_ty), (tl.sin(angle) * scale).to(sin.dtype.element_ty)
+    at = b * 2 * HALF + d
+    tl.store(cos + at, c, mask=half)
+    tl.store(cos + at + HALF, c, mask=half)
+    tl.store(sin + at, s, mask=half)
+    tl.store(sin + at + HALF, s, mask=half)
+
+
+@triton.jit
+def asked(x, inside, first, parts, stride_part, PARTS: tl.constexpr):
+    """PARTS of the parts at x [H, D], from the first on: float32 [PARTS, H, D]."""
+    s = first + tl.arange(0, PARTS)[:, None, None]
+    return tl.load(x[None, :, :] + s * stride_part, mask=(s < parts) & inside[None, :, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def added(x, found, inside, parts, stride_part, PARTS: tl.constexpr, DTYPE: tl.constexpr):
+    """Sum of the parts at x, of which the first were `found` [PARTS, H, D], rounded as the layer rounds its output."""
+    v = tl.sum(found, 0)
+    for first in tl.range(PARTS, parts, PARTS):
+        v += tl.sum(asked(x, inside, first, parts, stride_part, PARTS), 0)
+    return v.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
 def whole(x, inside, parts, stride_part, PARTS: tl.constexpr, DTYPE: tl.constexpr):
-    """float32 values at x [H, D]; of parts their sum, all of PARTS at once, rounded as the layer rounds its output."""
-    if PARTS == 0:
-        v = tl.load(x, mask=inside, other=0.0).to(tl.float32)
-    else:
-        v = tl.zeros(x.shape, tl.float32)
-        for first in tl.range(0, parts, PARTS):
-            s = first + tl.arange(0, PARTS)[:, None, None]
-            found = tl.load(x[None, :, :] + s * stride_part, mask=(s < parts) & inside[None, :, :], other=0.0)
-            v += tl.sum(found, 0)
-        v = v.to(DTYPE).to(tl.float32)
-    return v
+    """Sum of the parts at x [H, D] in float32, rounded as the layer rounds its output."""
+    return added(x, asked(x, inside, 0, parts, stride_part, PARTS), inside, parts, stride_part, PARTS, DTYPE)
 
 
 @triton.jit
@@ -64,21 +90,24 @@ def move(
 
 @triton.jit
 def turned(
-    x, inside, norm, cos, sin, d, eps, parts, stride_part,
+    x, found, inside, norm, cos, sin, d, eps, parts, stride_part,
     DIM: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr, PARTS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Heads at x [H, 1] as `move` stores them, [H, WIDTH] in DTYPE: every channel reads what it is rotated with too."""
-    v = whole(x + d[None, :], inside, parts, stride_part, PARTS, DTYPE)
-    if NORM or ROPE:
-        half = DIM // 2
-        within = d < DIM
+    """Heads at x [H, WIDTH], of whose parts the first were `found`, as `move` stores them, in DTYPE."""
+    v = added(x, found, inside, parts, stride_part, PARTS, DTYPE)
+    within, half = d < DIM, DIM // 2
+    if NORM:
+        rate = tl.rsqrt(tl.sum(v * v, 1) / DIM + eps)[:, None]
+        v = normed(v, rate, norm, d, within, DTYPE)
+    if ROPE:
         across = tl.where(d < half, d + half, d - half)
-        other = whole(x + across[None, :], inside, parts, stride_part, PARTS, DTYPE)
-        if NORM:
-            rate = tl.rsqrt(tl.sum(v * v, 1) / DIM + eps)[:, None]
-            v, other = normed(v, rate, norm, d, within, DTYPE), normed(other, rate, norm, across, within, DTYPE)
-        if ROPE:
-            v = rotated(v, other, tl.where(d < half, -1.0, 1.0)[None, :], cos, sin, d, within, DTYPE)
+        if PARTS == 1:  # to ask again for what a channel is rotated with is faster than to pass it between threads
+            other = whole(x + (across - d)[None, :], inside, parts, stride_part, PARTS, DTYPE)
+            if NORM:
+                other = normed(other, rate, norm, across, within, DTYPE)
+        else:
+            other = tl.gather(v, tl.broadcast_to(across[None, :], v.shape), 1)
+        v = rotated(v, other, tl.where(d < half, -1.0, 1.0)[None, :], cos, sin, d, within, DTYPE)
     return v.to(DTYPE)
 
 
@@ -122,6 +151,16 @@ def rope_kernel(
         move(x, to, inside, None, cos, sin, d, eps, parts, stride_part, HALF, False, False, PARTS, DTYPE)
 
 
+def rotary_table(position: Tensor, frequencies: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    half = len(frequencies)
+    cos, sin = (torch.empty(len(position), 2 * half, dtype=dtype, device=position.device) for _ in range(2))
+    run(
+        rotary_kernel, (len(position),), position, frequencies, cos, sin, scale, position.stride(0),
+        HALF=half, WIDTH=power_of_2(half), num_warps=1,
+    )  # fmt: skip
+    return cos, sin
+
+
 def rope_cache_write(
     query: Tensor,
     key: Tensor,
@@ -136,8 +175,9 @@ def rope_cache_write(
     eps: float,
 ) -> Tensor:
     (batch, heads, dim), groups = query.shape[-3:], key.shape[-2]
-    parts = query.shape[0] if query.dim() == 4 else 0
-    together = 1 if parts else ROPE_HEADS  # of parts a program reads many values of a head
+    finished = query.dim() == 3
+    parts = 1 if finished else query.shape[0]
+    together = ROPE_HEADS if finished else 1  # of parts a program reads many values of a head
     out = torch.empty(batch, heads, dim, dtype=key_cache.dtype, device=query.device)
     tiles = triton.cdiv(heads, together) + 2 * triton.cdiv(groups, together)
     run(
@@ -145,9 +185,9 @@ def rope_cache_write(
         query, key, value, cos, sin, position, query_norm, key_norm, key_cache, value_cache, out, heads, groups,
         *query.stride()[-3:-1], *key.stride()[-3:-1], *value.stride()[-3:-1],
         0 if cos is None or len(cos) == 1 else dim, 0 if position.numel() == 1 else 1,
-        *key_cache.stride()[:3], *value_cache.stride()[:3], eps, parts, query.stride(0) if parts else 0,
+        *key_cache.stride()[:3], *value_cache.stride()[:3], eps, parts, 0 if finished else query.stride(0),
         HALF=dim // 2, WIDTH=power_of_2(dim // 2), HEADS=together, QUERY_NORM=query_norm is not None,
-        KEY_NORM=key_norm is not None, ROPE=cos is not None, PARTS=min(ROPE_PARTS, power_of_2(parts)) if parts else 0,
+        KEY_NORM=key_norm is not None, ROPE=cos is not None, PARTS=min(ROPE_PARTS, power_of_2(parts)),
         num_warps=4,
         enable_fp_fusion=False,  # else a product and the sum it goes into become one operation, rounded once
     )  # fmt: skip

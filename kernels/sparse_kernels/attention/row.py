@@ -18,7 +18,7 @@ from sparse_kernels.attention.kernel import (
     split_for,
 )
 from sparse_kernels.attention.launch import FUSED_SPLITS, LAUNCH, Decode
-from sparse_kernels.attention.rope import turned, whole
+from sparse_kernels.attention.rope import added, asked, turned
 from sparse_kernels.blocks import begin
 from sparse_kernels.launch import interpreting, pick, power_of_2, run
 
@@ -52,12 +52,20 @@ def token_kernel(
     value_cache += group.to(tl.int64) * stride_value_h
     k = rows_of(key_cache, first, last, n, d, stride_key_n, DIM)
     v = rows_of(value_cache, first, last, n, d, stride_value_n, DIM)
+    one = tl.arange(0, 1)[:, None]
+    query += (group * GROUP + h)[:, None] * stride_qh + d[None, :]
+    key += group * stride_kh + one + d[None, :]
+    value += group * stride_vh + one + d[None, :]
+    some, inside = (h < GROUP)[:, None] & (d < DIM)[None, :], (one == 0) & (d < DIM)[None, :]
+    mine = inside & (split == arrivals - 1)
     begin(PDL)
-    some = (h < GROUP)[:, None] & (d < DIM)[None, :]
+    queries = asked(query, some, 0, parts, stride_part, PARTS)
+    if PARTS > 1:  # asked for before any is added: one way to memory instead of three
+        keys = asked(key, mine, 0, parts, stride_part, PARTS)
+        values = asked(value, mine, 0, parts, stride_part, PARTS)
     q = turned(
-        query + (group * GROUP + h)[:, None] * stride_qh, some, query_norm, cos, sin, d, eps, parts, stride_part,
-        DIM, QUERY_NORM, ROPE, PARTS, DTYPE,
-    )  # fmt: skip
+        query, queries, some, query_norm, cos, sin, d, eps, parts, stride_part, DIM, QUERY_NORM, ROPE, PARTS, DTYPE
+    )
     if SCALED:
         q = (q.to(tl.float32) * scale).to(DTYPE)
         scale = 1.0
@@ -74,13 +82,13 @@ def token_kernel(
         v = rows_of(value_cache, start, last, n, d, stride_value_n, DIM)
         top, total, acc = attend(q, k, v, start + n < last, top, total, acc, scale, softcap, SOFTCAP, UPCAST)
     if split == arrivals - 1:
-        one = tl.arange(0, 1)[:, None]
-        inside = (one == 0) & (d < DIM)[None, :]
+        if PARTS == 1:
+            keys = asked(key, inside, 0, parts, stride_part, PARTS)
+            values = asked(value, inside, 0, parts, stride_part, PARTS)
         newest = turned(
-            key + group * stride_kh + one, inside, key_norm, cos, sin, d, eps, parts, stride_part,
-            DIM, KEY_NORM, ROPE, PARTS, DTYPE,
-        )  # fmt: skip
-        content = whole(value + group * stride_vh + one + d[None, :], inside, parts, stride_part, PARTS, DTYPE)
+            key, keys, inside, key_norm, cos, sin, d, eps, parts, stride_part, DIM, KEY_NORM, ROPE, PARTS, DTYPE
+        )
+        content = added(value, values, inside, parts, stride_part, PARTS, DTYPE)
         at = tl.cast(place, tl.int64)
         tl.store(key_cache + at * stride_key_n + one + d[None, :], newest, mask=inside)
         tl.store(value_cache + at * stride_value_n + one + d[None, :], content.to(DTYPE), mask=inside)
@@ -112,9 +120,10 @@ def token_attention(
     config: Decode | None = None,
 ) -> Tensor:
     (heads, dim), groups = query.shape[-2:], key.shape[-2]
-    parts, group = query.shape[0] if query.dim() == 4 else 0, heads // groups
+    finished, group = query.dim() == 3, heads // groups
+    parts = 1 if finished else query.shape[0]
     wide = dim > 128  # what is read ahead would not fit in registers
-    config = config or pick(LAUNCH, query.device)["all" if wide else "token"]
+    config = config or pick(LAUNCH, query.device)["all" if wide else "token" if parts == 1 else "token, parts"]
     keys, splits = split_for(groups, key_cache, 0, FUSED_SPLITS, config)
     width, padded = max(16, power_of_2(dim)), power_of_2(group)
     out = torch.empty(1, heads, dim, dtype=key_cache.dtype, device=query.device)
@@ -123,10 +132,10 @@ def token_attention(
         token_kernel, (splits, groups),
         query, key, value, cos, sin, position, query_norm, key_norm, key_cache, value_cache, semaphore, partial, lse,
         out, query.stride(-2), key.stride(-2), value.stride(-2), *key_cache.stride()[1:3], *value_cache.stride()[1:3],
-        eps, parts, query.stride(0) if parts else 0, scale, softcap,
+        eps, parts, 0 if finished else query.stride(0), scale, softcap,
         GROUP=group, HEADS=padded, DIM=dim, WIDTH=width, KEYS=keys, QUERY_NORM=query_norm is not None,
         KEY_NORM=key_norm is not None, ROPE=cos is not None, SCALED=scaled_query,
-        PARTS=max(1, min(power_of_2(parts), 4096 // (padded * width))) if parts else 0, SOFTCAP=softcap > 0,
+        PARTS=max(1, min(power_of_2(parts), 4096 // (padded * width))), SOFTCAP=softcap > 0,
         SPLIT=splits > 1, MERGED=merged_at_once(splits, padded * width, config), ROWS=max(16, padded),
         STAGES=config.stages, UPCAST=interpreting(), num_warps=config.warps,
         enable_fp_fusion=False,  # else a product and the sum it goes into become one operation, rounded once
