@@ -246,6 +246,7 @@ def block_check(
 
     with handle.meter.apart(), runtime(model, handle) as blocks:
         for block in blocks:
+            block.step.mask = True
             block.module.forward = both_ways(block)
         teacher_forced(model, handle, window, steps)
     sums = [[sum(side) for side in zip(*pairs, strict=True)] for pairs in reads.values()]

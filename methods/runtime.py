@@ -51,11 +51,15 @@ FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do no
 
 @dataclass
 class Step:
-    """What the blocks of one decode step hand on: `stats` of the residual stream `hidden`, for the next norm."""
+    """What the blocks of one decode step hand on: `stats` of the residual stream `hidden`, for the next norm.
+
+    mask: the decoder makes its mask all the same, for somebody who calls the blocks' own forwards too.
+    """
 
     hidden: Tensor | None = None
     stats: Tensor | None = None
     lengths: Tensor | None = None
+    mask: bool = False
 
 
 class Projection:
@@ -307,7 +311,7 @@ def rotation(module: Any) -> Callable[..., tuple[Tensor, Tensor]]:
     return forward
 
 
-def unmasked(decoder: Any, serves: Callable[[Any, Any], bool]) -> Callable[..., Any]:
+def unmasked(decoder: Any, serves: Callable[[Any, Any], bool], step: Step) -> Callable[..., Any]:
     """The forward of a decoder that builds no mask for a step whose blocks see from the cache what they attend to."""
     slow = decoder.forward
     visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=decoder.device)  # four dimensions: taken as it is
@@ -316,7 +320,7 @@ def unmasked(decoder: Any, serves: Callable[[Any, Any], bool]) -> Callable[..., 
         tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         # Without its positions an OPT counts them in the mask.
         told = tokens is not None and kwargs.get("position_ids") is not None
-        if told and not args and serves(tokens, kwargs.get("cache", kwargs.get("past_key_values"))):
+        if not step.mask and told and not args and serves(tokens, kwargs.get("cache", kwargs.get("past_key_values"))):
             kwargs["attention_mask"] = visible
         return slow(*args, **kwargs)
 
@@ -374,7 +378,7 @@ def runtime(
     blocks: list[FastBlock] = []
     decoder: Any = model.get_submodule(layout.layers.rpartition(".")[0])
     norm, rotary = attrgetter(layout.last_norm)(model), getattr(decoder, "rotary_emb", None)
-    around: dict[Any, Callable[..., Any]] = {decoder: unmasked(decoder, lambda *step: blocks[0].serves(*step))}
+    around: dict[Any, Callable[..., Any]] = {decoder: unmasked(decoder, lambda *given: blocks[0].serves(*given), step)}
     if norm is not None:  # an OPT may have none
         around[norm] = last_norm(norm, layout.gemma_norms, step)
     if getattr(rotary, "rope_type", None) in FIXED_ROPES:
