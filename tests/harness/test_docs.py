@@ -30,3 +30,10 @@ def test_architecture_names_every_module_of_the_harness() -> None:
     places = " ".join(re.findall(r"^\| `.*?\|", text, re.MULTILINE))
     modules = {path.stem for path in (ROOT / "harness").glob("*.py")} - {"__init__", "__main__"}
     assert not [name for name in sorted(modules) if not re.search(rf"\b{name}\b", places)]
+
+
+def test_the_first_example_in_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert example is not None and "runtime(model, handle, share=True)" in example[1]
+    monkeypatch.chdir(ROOT)
+    exec(example[1], {})

@@ -317,6 +317,18 @@ def test_generate_is_the_same_text():
         assert torch.equal(model.generate(prompt, **options), wanted)
 
 
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("name", ["teal", "lte"])
+def test_generate_in_half_precision(kind, name):
+    """The sums of one part are float32 then, and not the finished projection; grouped heads among them."""
+    model, prompt = MODELS[kind]().bfloat16(), windows(1, 9)
+    options = dict(max_new_tokens=8, do_sample=False, cache_implementation="static", disable_compile=True)
+    with sparsify(model, create(name, {}).synthesize(model, 0.5, windows(2, 32))) as handle:
+        wanted = model.generate(prompt, **options)
+        with runtime(model, handle, share=True):
+            assert torch.equal(model.generate(prompt, **options)[:, :11], wanted[:, :11])
+
+
 def test_unknown_blocks_are_refused():
     model = llama()
     model.config.model_type = "gemma3_text"

@@ -196,7 +196,8 @@ def require_token(
     if query.dim() == 4:
         parts, like = len(query), key_cache.new_empty(query.shape[1:])
         for name, x in (("query", query), ("key", key), ("value", value)):
-            fits = x.dtype == torch.float32 and x.dim() == 4 and len(x) == parts and x.stride(0) == query.stride(0)
+            fits = x.dtype == torch.float32 and x.dim() == 4 and len(x) == parts
+            fits &= parts == 1 or x.stride(0) == query.stride(0)
             require(fits, "Parts of {} must be float32 views of one tensor, got {} {}.", name, x.dtype, x.shape)
             require(x.stride(3) == 1, "{} must have contiguous rows, got strides {}.", name, x.stride())
     require_heads("query", like)
