@@ -161,7 +161,7 @@ class SparseLM(HFLM):
         position = (seen.cumsum(1) - 1)[:, -ids.shape[1] :].clamp(min=0)
         if isinstance(sparse, Tensor) and (sparse.all() or not sparse.any()):
             sparse = bool(sparse.all())  # lets the layers take their fast path
-        with self.handle.positions(sparse) if self.handle else nullcontext():
+        with self.handle.positions(sparse, apart=True) if self.handle else nullcontext():
             return self.model(
                 input_ids=ids,
                 attention_mask=seen.long(),

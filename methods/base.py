@@ -232,14 +232,17 @@ class SparseModel:
             self.phase.active = self.mask(inputs.shape[0], inputs.shape[1], inputs.device)
 
     @contextmanager
-    def positions(self, active: bool | Tensor) -> Iterator[None]:
-        """Within: exactly these positions are sparse, whatever the mode. active: bool, or bool [B, T]."""
-        before = self._override, self.phase.active
-        self._override, self.phase.active = True, active
+    def positions(self, active: bool | Tensor, apart: bool = False) -> Iterator[None]:
+        """Within: exactly these positions are sparse, whatever the mode. active: bool, or bool [B, T].
+
+        apart: rows of one token are texts of their own, so that no method chooses for all of them together.
+        """
+        before = self._override, self.phase.active, self.phase.apart
+        self._override, self.phase.active, self.phase.apart = True, active, apart
         try:
             yield
         finally:
-            self._override, self.phase.active = before
+            self._override, self.phase.active, self.phase.apart = before
 
     def dense(self) -> Any:
         """Within: every position dense."""

@@ -210,7 +210,7 @@ class Polar(Method):
         ks = tensors[f"ffn.{index}.k"].tolist()
         if self.options.selector == "oracle":
             return Oracle(layer.units, neuron_importance(layer.down.weight), "top-k", k=ks[0])
-        router = BatchRouter(restored(tensors, f"ffn.{index}")[0], ks)
+        router = BatchRouter(restored(tensors, f"ffn.{index}")[0], ks, attachment.phase)
         router.tap = attachment.tap(TAP, index)
         return router
 

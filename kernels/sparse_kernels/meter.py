@@ -14,10 +14,12 @@ class Phase:
     """Which positions of the forward pass now running are sparse; one object is shared by all layers of a model.
 
     `active` is False (dense), True (every position sparse) or a bool mask [B, T], True where a position is sparse.
+    `apart`: the rows are texts of their own, not a batch for which anything is chosen together.
     """
 
     def __init__(self) -> None:
         self.active: bool | Tensor = False
+        self.apart = False
 
 
 class Union:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import batch_score, linear_router, low_rank_predictor, router_scores, statistical_top_k, top_k, top_mask, union
 from .expert_ffn.launch import crossover
+from .meter import Phase
 from .selection import naive
 
 RULES = ("threshold", "relative", "top-k", "statistical")
@@ -203,17 +204,23 @@ class BatchRouter(Router):
     ks: how many for batches of up to SIZES[i] rows, in that order; the last one holds for larger ones; all, where so
     many are asked for that a dense FFN is faster (published: more than 0.8 of them; here, what `crossover` measured).
     A single row runs its ks[0] best, and so does every token of a text, as in the published accuracies: the tap's
-    value, [B, T, d], says whether this is a text. Source: Polar Sparsity (arXiv 2505.14884), layer-wise dynamic top-k.
+    value, [B, T, d], says whether this is a text, and `phase` whether rows of one token are texts of their own.
+    Source: Polar Sparsity (arXiv 2505.14884), layer-wise dynamic top-k.
     """
 
     shared = True
     SIZES = (1, 2, 4, 8, 16, 32, 64)
 
-    def __init__(self, layers: tuple[Tensor, ...], ks: list[int]) -> None:
+    def __init__(self, layers: tuple[Tensor, ...], ks: list[int], phase: Phase | None = None) -> None:
         units = layers[-1].shape[0]
         ks = [units if k > crossover(size) * units else k for size, k in zip(self.SIZES, ks, strict=False)]
         super().__init__(layers, "top-k", k=ks[0])
-        self.ks = ks
+        self.ks, self.phase = ks, phase or Phase()
+
+    @property
+    def fast(self) -> bool:  # type: ignore[override]
+        """The kernels read one list for all rows."""
+        return not self.phase.apart
 
     def k_for(self, rows: int) -> int:
         fits = [k for size, k in zip(self.SIZES, self.ks, strict=False) if rows <= size]
@@ -224,7 +231,7 @@ class BatchRouter(Router):
 
     def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
         assert self.tap is not None and self.tap.value is not None
-        if self.tap.value.dim() == 3 and self.tap.value.shape[1] > 1:
+        if self.phase.apart or (self.tap.value.dim() == 3 and self.tap.value.shape[1] > 1):
             return super().forward(x, hidden)
         score = self.scores(x, hidden)
         rows = score.flatten(0, -2)

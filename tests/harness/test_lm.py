@@ -248,6 +248,32 @@ def test_generation_is_sparse_as_in_decoding(
     assert together.generate_until(asked) == alone.generate_until(asked)
 
 
+def test_what_chooses_for_a_batch_is_scored_for_each_text_alone(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of one-token steps too: Polar's neurons, of which a batch that decodes together would run more."""
+    rng, opt = random.Random(8), build_model("opt", tokenizer)
+    method = create("polar", {})
+    artifact = method.synthesize(opt, 0.5, torch.randint(len(tokenizer), (2, 32)))
+    attached = SparseModel(opt, artifact, method)
+    try:
+        pairs = [(text(rng, 2, 12), " cat") for _ in range(8)]
+        prompts = [(text(rng, 4, 8), {"until": ["\n"], "max_gen_toks": 8}) for _ in range(8)]
+        answers = []
+        for size in (1, 8):
+            lm = SparseLM(opt, handle=attached, tokenizer=tokenizer, batch_size=size)
+            assert all(len(lm._encode_pair(*pair)[1]) == 1 for pair in pairs)
+            scores = [value for value, _ in lm.loglikelihood(requests("loglikelihood", pairs))]
+            answers.append((scores, lm.generate_until(requests("generate_until", prompts))))
+        assert answers[0][0] == pytest.approx(answers[1][0], rel=1e-4) and answers[0][1] == answers[1][1]
+        steps, seen = torch.tensor([[5], [6], [7], [8]]), []
+        for apart in (False, True):
+            with attached.positions(True, apart=apart), attached.meter.apart() as meter, meter.on():
+                opt(input_ids=steps, use_cache=False)
+                seen.append(float(meter.counts["ffn", 1][0].double().mean()))
+        assert seen[0] > seen[1]
+    finally:
+        attached.remove()
+
+
 def test_padding_and_context_are_not_counted(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
     method = Halved()
     attached = SparseModel(model, method.artifact(model, 0.5, {}, {}), method)
