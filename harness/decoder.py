@@ -91,12 +91,16 @@ class Runner:
             samples.append(1e3 * (perf_counter() - start))
         return samples
 
-    def text(self, steps: int) -> Tensor:
-        """The prompt, its next token and those of `steps` steps: int64 [batch, context + 1 + steps]."""
+    def text(self, steps: int, after: Callable[[], None] = lambda: None) -> Tensor:
+        """The prompt, its next token and those of `steps` steps: int64 [batch, context + 1 + steps].
+
+        after: called after every step.
+        """
         self.rewind()
         tokens = [self.decoder.prompt, self.decoder.token.clone()]
         for _ in range(steps):
             self.step()
+            after()
             tokens.append(self.decoder.token.clone())
         return torch.cat(tokens, 1)
 

@@ -93,7 +93,6 @@ class Bench:
                     runner.rewind()
                     blocks[runner.name].append(runner.block(steps))
                 ends[runner.name].append(runner.decoder.token.clone())
-            self._count(handle)
             watched.append(machine.watch(self.device))
             rounds = len(watched) - 1
             if sparse and rounds >= MIN_ROUNDS:
@@ -103,8 +102,9 @@ class Bench:
             progress(rounds, MAX_ROUNDS)
         if sparse and not self.gpu:
             self.count(handle)
+        regret = max((self._checked(handle, r, ends[r.name], check) for r in sparse), default=None)
         found = self._block(blocks, sparse, stop, timed_step())
-        found["regret"] = max((self._checked(handle, r, ends[r.name], check) for r in sparse), default=None)
+        found["regret"] = regret
         found["watch"] = _disturbances(watched)
         energy = {r.name: self._energy(handle, r) for r in runners if r.name in (found["runner"], found["baseline"])}
         found["energy"] = energy[found["runner"]]
@@ -132,10 +132,11 @@ class Bench:
     def _checked(
         self, handle: SparseModel, runner: Runner, ends: list[Tensor], check: Callable[[Tensor, int, Any], float]
     ) -> float:
-        """What was timed is what is checked: the same steps again must end in the tokens that every block ended in."""
+        """What was timed is what is checked, and whose selections are counted: the same steps again, which must end in
+        the tokens that every block ended in."""
         steps = WARM_STEPS + (GPU_STEPS if self.gpu else CPU_STEPS)
         with handle.sparse():
-            text = runner.text(steps)
+            text = runner.text(steps, lambda: self._count(handle))
         if not all(torch.equal(text[:, -1:], end) for end in ends):
             raise RuntimeError(f"{runner.name}: timed steps ended in other tokens than the same steps run again")
         return check(text, steps, runner.decoder.cache)
@@ -284,9 +285,8 @@ class Bench:
         return Runner(name, decoder, graph.replay, keep)
 
     def _count(self, handle: SparseModel) -> None:
-        """Reads what the last timed step selected; on a GPU only, where the kernels leave it on the device."""
+        """Reads what the last step selected; on a GPU only, where the kernels leave it on the device."""
         if self.gpu:
-            torch.cuda.synchronize()
             for layer in handle.layers():
                 if layer.read is not None:
                     handle.meter.unions[layer.site, layer.layer].append(layer.read.cpu())

@@ -22,7 +22,9 @@ from .plan import Cell
 
 WINDOW = 1024  # tokens per perplexity window, or what the model can hold
 EVALUATION_BATCH = 8  # fixed, because in low precision results depend on it; it is in every record
-SYNTHETIC_TEXTS, SYNTHETIC_STEPS = 8, 48  # a random model's own texts, and tokens of each, to count selections on
+# What a random model writes to set thresholds and count selections on: texts, fewer where all have more than so many
+# tokens, and steps, as many as a timed cache has room for.
+SYNTHETIC_TEXTS, SYNTHETIC_TOKENS, SYNTHETIC_STEPS = 8, 8192, latency.ROOM
 
 
 @dataclass
@@ -81,14 +83,16 @@ class Session:
 
     def artifact(self, cell: Cell) -> Artifact:
         """The cell's artifact. All densities of a method are prepared together, so that they can share work."""
-        key = (cell.method, tuple(cell.options.items()))
+        key = (cell.method, tuple(cell.options.items()), cell.context if self.synthetic else None)
         if (*key, cell.density) not in self._artifacts:
-            same = [c for c in self.cells if (c.method, tuple(c.options.items())) == key and not c.not_applicable]
+            same = [c for c in self.cells if (c.method, tuple(c.options.items())) == key[:2] and not c.not_applicable]
             densities = list(dict.fromkeys(c.density for c in same))
             method = create(cell.method, cell.options)
             if self.corpus is None:
-                text = self._own_text(self.windows[:SYNTHETIC_TEXTS])
-                found: Iterable[Artifact] = (method.synthesize(self.model, density, text) for density in densities)
+                text = self._own_text(cell.context, 0)[:, :-1]
+                found: Iterable[Artifact] = (
+                    method.synthesize(self.model, density, text, SYNTHETIC_STEPS) for density in densities
+                )
             else:
                 found = artifacts.obtain(self.loaded, method, densities, self.corpus, cell.seed, self.progress)
             self._artifacts.update({(*key, d): artifact for d, artifact in zip(densities, found, strict=True)})
@@ -180,7 +184,7 @@ class Session:
         if self.corpus is None:
             generator = torch.Generator().manual_seed(cell.seed)
             vocabulary = self.loaded.config.get_text_config().vocab_size
-            return torch.randint(vocabulary, (max(2 * SYNTHETIC_TEXTS, cell.batch), window), generator=generator), 1.0
+            return torch.randint(vocabulary, (max(8, cell.batch), window), generator=generator), 1.0
         tokenizer = self.loaded.tokenizer
         windows = token_windows(self.corpus.evaluation, tokenizer, window, max(8, cell.limit // 4), seed=cell.seed)
         text = tokenizer.batch_decode(windows.tolist(), skip_special_tokens=True)
@@ -238,11 +242,11 @@ class Session:
         )
 
     def _quality_of(self, cell: Cell, handle: SparseModel) -> Quality:
-        key = (cell.method, tuple(cell.options.items()), cell.density, cell.mode)
+        key = (cell.method, tuple(cell.options.items()), cell.density, cell.mode, cell.context * self.synthetic)
         if key in self._quality:
             return self._quality[key]
         if self.synthetic:
-            self._count_synthetic(handle)
+            self._count_synthetic(handle, cell.context)
             quality = Quality(None, {}, {}, dict(handle.meter.counts), dict(handle.meter.together))
         else:
             block, items = self._fidelity(handle)
@@ -270,17 +274,23 @@ class Session:
         return quality
 
     @torch.inference_mode()
-    def _count_synthetic(self, handle: SparseModel) -> None:
+    def _count_synthetic(self, handle: SparseModel, context: int) -> None:
         """Densities on text that the random model generated itself; nothing about it is an accuracy."""
-        with handle.sparse():
-            text = self._own_text(self.windows[-SYNTHETIC_TEXTS:])
-        with handle.positions(torch.ones_like(text, dtype=torch.bool)), handle.meter.on():
-            self.model(input_ids=text, use_cache=False, logits_to_keep=1)
+        text = self._own_text(context, 1)
+        with handle.positions(fidelity.active_positions(handle, text, SYNTHETIC_STEPS)), handle.meter.on():
+            self.model(input_ids=text[:, :-1], use_cache=False, logits_to_keep=1)
 
     @torch.inference_mode()
-    def _own_text(self, windows: Tensor) -> Tensor:
-        """What the model writes after the first tokens of these windows; int64 [n, SYNTHETIC_STEPS]."""
-        return fidelity.greedy(self.model, windows[:, :4].to(self.device), SYNTHETIC_STEPS)[:, 4:]
+    def _own_text(self, context: int, seed: int) -> Tensor:
+        """Random tokens and what the model writes after them: int64 [n, context + SYNTHETIC_STEPS + 1].
+
+        The context is that of the timed steps, because what attention returns shrinks as it grows.
+        """
+        n = max(1, min(SYNTHETIC_TEXTS, SYNTHETIC_TOKENS // context))
+        generator = torch.Generator().manual_seed(seed)
+        vocabulary = self.loaded.config.get_text_config().vocab_size
+        prompts = torch.randint(vocabulary, (n, context), generator=generator)
+        return fidelity.greedy(self.model, prompts.to(self.device), SYNTHETIC_STEPS + 1)
 
 
 def estimate(cell: Cell) -> dict[str, Any]:
@@ -306,6 +316,6 @@ def seconds(cell: Cell, shape: cost.Shape) -> float:
     rate = 60e9 if cell.device == "cpu" else 100e12  # FLOP/s that evaluation reaches on small batches
     tokens = max(8, cell.limit // 4) * WINDOW / 2 + cell.limit * len(cell.tasks) * 150
     if cell.weights == "synthetic":
-        tokens = 4 * SYNTHETIC_TEXTS * SYNTHETIC_STEPS
+        tokens = 3 * max(cell.context, min(SYNTHETIC_TEXTS * cell.context, SYNTHETIC_TOKENS))
     fixed = 4.0 if cell.device == "cpu" else 20.0  # decode steps; on a GPU also graph capture and compilation
     return fixed + 2 * (shape.dense + shape.head) * tokens / rate

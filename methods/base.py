@@ -113,10 +113,13 @@ class Method:
         for density in densities:
             yield self.artifact(model, density, {}, {"corpus": data.corpus})
 
-    def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
+    def synthesize(
+        self, model: PreTrainedModel, density: float | None, tokens: Tensor, last: int | None = None
+    ) -> Artifact:
         """For random weights: an artifact with the method's shapes and the asked density, from these tokens alone.
 
-        It carries FLOPs and latency, never an accuracy.
+        tokens: int64 [n, length]; what is set so that the density is met is set on the `last` of them, or as `prepare`
+        sets it where that is None. It carries FLOPs and latency, never an accuracy.
         """
         return self.artifact(model, density, {}, {"synthetic": True})
 

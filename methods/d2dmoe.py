@@ -135,7 +135,9 @@ class D2dmoe(Method):
             told |= {"notes": notes + told["notes"], "seconds": round(shared + perf_counter() - start, 1)}
             yield self.artifact(model, density, tensors | found, manifest | told)
 
-    def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
+    def synthesize(
+        self, model: PreTrainedModel, density: float | None, tokens: Tensor, last: int | None = None
+    ) -> Artifact:
         """Random routers; the tau of each is the quantile of its scores that gives the density."""
         import torch
 
@@ -161,7 +163,7 @@ class D2dmoe(Method):
         artifact = self.artifact(model, self.target(density), tensors, {})
         if self.options.rule == "dynamic" and self.options.selector != "oracle":
             with sparsify(model, artifact) as handle:
-                set_thresholds(handle, tokens, self.target(density))
+                set_thresholds(handle, tokens, self.target(density), last)
                 tensors |= thresholds(handle)
         return self.artifact(model, density, tensors, {"synthetic": True})
 

@@ -162,7 +162,9 @@ class Dejavu(Method):
             more = {"notes": manifest["notes"] + plan.notes, "seconds": seconds}
             yield self.artifact(model, density, tensors, manifest | plan.told | more)
 
-    def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
+    def synthesize(
+        self, model: PreTrainedModel, density: float | None, tokens: Tensor, last: int | None = None
+    ) -> Artifact:
         """Random predictors; their k gives the density."""
         from .families import blocks
 

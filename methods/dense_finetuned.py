@@ -69,7 +69,9 @@ class DenseFinetuned(Method):
         for density in densities:
             yield self.artifact(model, density, student.deltas(model, {}), dict(manifest))
 
-    def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
+    def synthesize(
+        self, model: PreTrainedModel, density: float | None, tokens: Tensor, last: int | None = None
+    ) -> Artifact:
         """Random weights need no fine-tuning: it changes no cost."""
         return self.artifact(model, density, {}, {"synthetic": True})
 

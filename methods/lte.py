@@ -108,7 +108,9 @@ class Lte(Method):
             tensors, manifest = trainer.reach(self.target(density))
             yield self.artifact(model, density, tensors, manifest)
 
-    def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
+    def synthesize(
+        self, model: PreTrainedModel, density: float | None, tokens: Tensor, last: int | None = None
+    ) -> Artifact:
         """Random routers; the threshold of each is the quantile of its scores that gives the density."""
         import torch
 
@@ -123,7 +125,7 @@ class Lte(Method):
             router = torch.randn(width // self.options.expert_size, hidden, generator=generator) * hidden**-0.5
             tensors[f"router.{block.index}"] = router.to(torch.bfloat16)
         with sparsify(model, self.artifact(model, density, tensors, {})) as handle:
-            set_thresholds(handle, tokens, target)
+            set_thresholds(handle, tokens, target, last)
             tensors |= thresholds(handle)
         return self.artifact(model, density, tensors, {"synthetic": True})
 

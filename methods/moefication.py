@@ -127,7 +127,9 @@ class Moefication(Method):
             )
             yield artifact
 
-    def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
+    def synthesize(
+        self, model: PreTrainedModel, density: float | None, tokens: Tensor, last: int | None = None
+    ) -> Artifact:
         """Random routers; the number of experts gives the density."""
         import torch
 

@@ -149,7 +149,9 @@ class Polar(Method):
             }
             yield self.artifact(model, given, done, told | critical)
 
-    def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
+    def synthesize(
+        self, model: PreTrainedModel, density: float | None, tokens: Tensor, last: int | None = None
+    ) -> Artifact:
         """Random routers; heads at the density, neurons as many as published for OPT at each batch size."""
         import torch
 

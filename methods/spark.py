@@ -110,8 +110,10 @@ class Spark(Method):
             )
             yield artifact
 
-    def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
-        (artifact,) = self._artifacts(model, tokens, [density])
+    def synthesize(
+        self, model: PreTrainedModel, density: float | None, tokens: Tensor, last: int | None = None
+    ) -> Artifact:
+        (artifact,) = self._artifacts(model, tokens, [density], last=last)
         artifact.manifest["synthetic"] = True
         return artifact
 
@@ -147,7 +149,12 @@ class Spark(Method):
         return "mask" if built_in(config) is None else "native"
 
     def _artifacts(
-        self, model: PreTrainedModel, windows: Tensor, densities: Sequence[float | None], progress: Progress = silent
+        self,
+        model: PreTrainedModel,
+        windows: Tensor,
+        densities: Sequence[float | None],
+        progress: Progress = silent,
+        last: int | None = None,
     ) -> Iterator[Artifact]:
         """Artifacts with a multiplier for every sparse layer, which windows calibrate where they are to."""
         import torch
@@ -170,7 +177,8 @@ class Spark(Method):
             found = [dict.fromkeys(layers, gaussian_multiplier(self.target(density))) for density in densities]
         else:
             with sparsify(model, self.artifact(model, None, {}, {})) as handle:
-                found = multipliers(handle, windows, [self.target(density) for density in densities], progress)
+                wanted = [self.target(density) for density in densities]
+                found = multipliers(handle, windows, wanted, progress, last=last)
         for density, values in zip(densities, found, strict=True):
             tensors = {f"multiplier.{index}": torch.tensor([value]) for index, value in values.items()}
             manifest: dict[str, Any] = {"variant": variant}

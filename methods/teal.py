@@ -88,10 +88,12 @@ class Teal(Method):
             }
             yield self.artifact(model, density, tensors, manifest)
 
-    def synthesize(self, model: PreTrainedModel, density: float | None, tokens: Tensor) -> Artifact:
+    def synthesize(
+        self, model: PreTrainedModel, density: float | None, tokens: Tensor, last: int | None = None
+    ) -> Artifact:
         from .shared.calibration import input_histograms
 
-        histograms = input_histograms(model, tokens)
+        histograms = input_histograms(model, tokens, last=last)
         sparsity = dict.fromkeys(histograms, 1 - self.target(density))
         return self.artifact(model, density, _thresholds(histograms, sparsity), {"synthetic": True})
 

@@ -61,18 +61,22 @@ def _hooks(handles: list[Any]) -> Iterator[None]:
 
 @torch.inference_mode()
 def input_histograms(
-    model: PreTrainedModel, windows: Tensor, progress: Progress = silent, batch: int = 4
+    model: PreTrainedModel, windows: Tensor, progress: Progress = silent, batch: int = 4, last: int | None = None
 ) -> dict[tuple[int, str], MagnitudeHistogram]:
     """|x| histograms of every linear layer's input, by (block, linear name), from dense activations.
 
-    windows: int64 [n, window]. q, k, v (and gate, up) read the same tensor and share one histogram.
+    windows: int64 [n, window], of which the `last` tokens count, or all. q, k, v (and gate, up) read the same tensor
+    and share one histogram.
     """
     device = next(model.parameters()).device
     found: dict[tuple[int, str], MagnitudeHistogram] = {}
     handles = []
 
     def listen(histogram: MagnitudeHistogram) -> Callable[..., None]:
-        return lambda module, args: histogram.add(args[0])
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            histogram.add(args[0].reshape(-1, windows.shape[1], args[0].shape[-1])[:, -(last or 0) :])
+
+        return hook
 
     for block in blocks(model):
         for names in (("q", "k", "v"), ("o",), ("gate", "up"), ("down",)):
@@ -89,19 +93,25 @@ def input_histograms(
 
 @torch.inference_mode()
 def multipliers(
-    handle: SparseModel, windows: Tensor, densities: list[float], progress: Progress = silent, batch: int = 4
+    handle: SparseModel,
+    windows: Tensor,
+    densities: list[float],
+    progress: Progress = silent,
+    batch: int = 4,
+    last: int | None = None,
 ) -> list[dict[int, float]]:
     """For each density, by block: the multiplier at which that share of an attached model's scores is kept.
 
     From the scores z = (score - mean) / deviation, statistics a token's own, of the layers `GateFirstFFN` when
-    everything is dense. windows: int64 [n, window], whose first positions are left out as in `ffn_inputs`.
+    everything is dense. windows: int64 [n, window], of which the `last` tokens count; if None all but the first, as in
+    `ffn_inputs`.
     """
     device, window = next(handle.model.parameters()).device, windows.shape[1]
     layers = [layer for layer in handle.layers() if isinstance(layer, GateFirstFFN)]
     found = {layer.layer: MagnitudeHistogram(device) for layer in layers}
 
     def listen(layer: Any, args: tuple[Tensor, ...]) -> None:
-        x = args[0].reshape(-1, window, args[0].shape[-1])[:, 1:]
+        x = args[0].reshape(-1, window, args[0].shape[-1])[:, 1 if last is None else -last :]
         score = layer.scores(x, layer.first(x))
         std, mean = torch.std_mean(score, -1, correction=0, keepdim=True)
         # Of the exponential, because the histogram is one of magnitudes: its bins are then 0.004 wide in z.

@@ -101,14 +101,17 @@ def threshold_for(selector: Selector, score: Tensor, density: float) -> Tensor:
 
 
 @torch.no_grad()
-def set_thresholds(handle: SparseModel, windows: Tensor, density: float | dict[str, float]) -> None:
+def set_thresholds(
+    handle: SparseModel, windows: Tensor, density: float | dict[str, float], last: int | None = None
+) -> None:
     """Gives every layer the threshold at which it has this density on the second half of up to 16 windows.
 
-    density: of all layers, or by a layer's name.
+    density: of all layers, or by a layer's name. last: how many tokens of a window instead of its second half.
     In one pass: a layer's threshold is set before it computes, on inputs that the layers before it made with theirs.
     """
     windows = windows[:WINDOWS].to(next(handle.model.parameters()).device)
-    late = torch.arange(windows.shape[1], device=windows.device) >= windows.shape[1] // 2
+    first = windows.shape[1] // 2 if last is None else windows.shape[1] - last
+    late = torch.arange(windows.shape[1], device=windows.device) >= first
 
     def decide(density: float) -> Callable[[Selector, tuple[Tensor, Tensor]], None]:
         def hook(module: Selector, args: tuple[Tensor, Tensor]) -> None:
