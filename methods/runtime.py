@@ -24,7 +24,6 @@ from sparse_kernels import (
     neuron_ffn,
     residual_norm,
     rope_cache_write,
-    rotary_table,
     row_stats,
     threshold_linear,
     token_attention,
@@ -36,6 +35,7 @@ from sparse_kernels.neuron_ffn.launch import takes_rows
 
 from .errors import UsageError
 from .families import activation_of, layout_of
+from .shared.around import FIXED_ROPES, last_norm, rotation, unmasked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 
 NORMS = {"rms": "variance_epsilon", "gemma": "eps", "layer": "eps"}
 DENSE = -1.0  # no magnitude is below it
-FIXED_ROPES = ("default", "linear", "llama3", "yarn")  # whose frequencies do not depend on the sequence
 
 
 @dataclass
@@ -171,12 +170,18 @@ class FastBlock:
         self.key_norm = getattr(getattr(attention, "k_norm", None), "weight", None)
         self.head_eps = float(getattr(getattr(attention, "q_norm", None), "variance_epsilon", 1e-6))
         self.ffn: Any = None
+        self.lent: Any = (
+            None  # the weights of a sparse FFN's last layer, while they are a view of what its kernels read
+        )
         self.whole: Callable[..., Tensor] | None = None  # an FFN that is read whole, for one token: neuron by neuron
         leader = find(layout.ffn[0])
         dense = isinstance(leader, ExpertFFN) and leader.selector is None
         if isinstance(leader, SparseLayer) and not isinstance(leader, SparseLinear) and not dense:
             self.ffn = leader
             leader.materialize()
+            if share:
+                own: Any = leader.linears()["down"]
+                self.lent, own.weight.data = own.weight, leader.down_t.t()  # type: ignore[operator]
         else:
             names = [name for name in ("gate", "up", "down") if name in layout.linears]
             *before, down = leader.linears().values() if dense else (find(layout.linears[name]) for name in names)
@@ -194,6 +199,8 @@ class FastBlock:
     def restore(self) -> None:
         """Puts the module's own forward and weights back."""
         self.module.__dict__.pop("forward", None)
+        if self.lent is not None:
+            self.lent.data = self.lent.data.clone(memory_format=torch.contiguous_format)
         for projection in (self.qkv, self.o) if self.ffn is not None else (self.qkv, self.o, self.up, self.down):
             projection.restore()
 
@@ -288,45 +295,6 @@ class FastBlock:
             self.taps[place].value = value
 
 
-def last_norm(module: Any, gemma: bool, step: Step) -> Callable[[Tensor], Tensor]:
-    """The forward of a norm that takes what the last block of a step left, in one launch."""
-    slow, norm = module.forward, Norm(module, gemma)
-
-    def forward(hidden_states: Tensor) -> Tensor:
-        return norm(hidden_states[:, 0])[:, None] if hidden_states is step.hidden else slow(hidden_states)
-
-    return forward
-
-
-def rotation(module: Any) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The forward of a rotary embedding that makes the tables of one token per sequence in one launch."""
-    slow = module.forward
-
-    def forward(x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        if x.shape[1] != 1:
-            return slow(x, position_ids)
-        cos, sin = rotary_table(position_ids[:, 0], module.inv_freq.float(), module.attention_scaling, x.dtype)
-        return cos[:, None], sin[:, None]
-
-    return forward
-
-
-def unmasked(decoder: Any, serves: Callable[[Any, Any], bool], step: Step) -> Callable[..., Any]:
-    """The forward of a decoder that builds no mask for a step whose blocks see from the cache what they attend to."""
-    slow = decoder.forward
-    visible = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=decoder.device)  # four dimensions: taken as it is
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        tokens = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        # Without its positions an OPT counts them in the mask.
-        told = tokens is not None and kwargs.get("position_ids") is not None
-        if not step.mask and told and not args and serves(tokens, kwargs.get("cache", kwargs.get("past_key_values"))):
-            kwargs["attention_mask"] = visible
-        return slow(*args, **kwargs)
-
-    return forward
-
-
 def window_of(config: Any) -> int | None:
     """How many positions some layers see at most; None where all see all."""
     kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
@@ -380,7 +348,7 @@ def runtime(
     norm, rotary = attrgetter(layout.last_norm)(model), getattr(decoder, "rotary_emb", None)
     around: dict[Any, Callable[..., Any]] = {decoder: unmasked(decoder, lambda *given: blocks[0].serves(*given), step)}
     if norm is not None:  # an OPT may have none
-        around[norm] = last_norm(norm, layout.gemma_norms, step)
+        around[norm] = last_norm(norm, Norm(norm, layout.gemma_norms), step)
     if getattr(rotary, "rope_type", None) in FIXED_ROPES:
         around[rotary] = rotation(rotary)
     try:

@@ -288,7 +288,7 @@ def test_dense_positions_and_counting_passes_go_the_slow_way():
 
 
 @pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("name", ["teal", "lte", None])
+@pytest.mark.parametrize("name", ["teal", "lte", "spark", "dejavu", None])
 def test_one_copy_of_the_weights_serves_prompts_and_steps(kind, name):
     model, prompt = MODELS[kind](), windows(2, 9)
     before = {key: (id(p), p.detach().clone()) for key, p in model.named_parameters()}
@@ -302,6 +302,9 @@ def test_one_copy_of_the_weights_serves_prompts_and_steps(kind, name):
                 assert len(block.qkv.shared) == 3
                 for weight in block.qkv.shared:
                     assert weight.untyped_storage().data_ptr() == block.qkv.weight_t.untyped_storage().data_ptr()
+            for layer in handle.layers() if handle else ():
+                if layer.site == "ffn" and layer.down_t.numel():
+                    assert layer.down.weight.untyped_storage().data_ptr() == layer.down_t.untyped_storage().data_ptr()
         assert served == 5 * 2 and torch.allclose(found, wanted, atol=1e-4)
     for key, parameter in model.named_parameters():
         assert before[key][0] == id(parameter) and parameter.is_contiguous()
