@@ -87,6 +87,14 @@ def text_loss(handle: SparseModel, windows: Tensor, sparse: bool) -> float:
     return total / tokens
 
 
+def quantile(score: Tensor, share: float) -> Tensor:
+    """The value that this share of scores [tokens, experts] does not exceed; from about a million of them at most.
+
+    Whole tokens are left out: every second score of an even number of experts would be those of half the experts.
+    """
+    return score[:: 1 + score.numel() // 1_000_000].flatten().quantile(share)
+
+
 def threshold_for(selector: Selector, score: Tensor, density: float) -> Tensor:
     """float32 [1]: the threshold above which this share of scores [tokens, experts] is; relative, if the rule is.
 
@@ -94,9 +102,7 @@ def threshold_for(selector: Selector, score: Tensor, density: float) -> Tensor:
     """
     if selector.rule == "relative":
         score = score / score.amax(-1, keepdim=True).clamp(min=1e-12)
-    flat = score.flatten()
-    sample = flat[:: 1 + len(flat) // 1_000_000]
-    found = sample.quantile(1 - density).reshape(1)
+    found = quantile(score, 1 - density).reshape(1)
     return found.clamp(min=1e-9) if selector.rule == "relative" else found
 
 
