@@ -12,7 +12,12 @@ from torch.nn import functional as F
 from sparse_kernels.layers import ExpertFFN
 from sparse_kernels.selectors import Selector
 
+from ..base import sparsify
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..artifact import Artifact
     from ..base import SparseModel
     from .student import Student
 
@@ -48,6 +53,19 @@ def expert_usage(handle: SparseModel | Student, windows: Tensor) -> dict[str, Te
         for hook in hooks:
             hook.remove()
     return {name: (count / tokens).cpu() for name, count in counts.items()}
+
+
+@torch.no_grad()
+def realised(model: PreTrainedModel, artifact: Artifact, windows: Tensor) -> float:
+    """The density of the layers that an artifact makes sparse, by their weights, where every token of 4 windows is."""
+    with sparsify(model, artifact, "all") as handle, handle.meter.on():
+        handle.model(input_ids=windows[:BATCH].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
+        counts, used, total = handle.meter.counts, 0.0, 0
+        for layer in handle.layers():
+            weights = sum(linear.weight.numel() for linear in layer.linears().values())
+            share = torch.cat(counts[layer.site, layer.layer]).double().mean() / layer.units
+            used, total = used + weights * float(share), total + weights
+    return used / total
 
 
 def mean_density(usage: dict[str, Tensor], weights: dict[str, int] | None = None) -> float:
