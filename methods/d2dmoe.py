@@ -93,8 +93,12 @@ class D2dmoe(Method):
     fidelity = (
         "paper: sparsity fine-tuning, split by k-means, routers that regress output norms, dynamic k; adapted: SwiGLU "
         "through its gate as the paper does GEGLU, routers learn layer by layer from stored inputs, k-means is seeded, "
-        "embeddings and lm_head stay frozen, weight differences are stored in 8 bits; attention projections stay dense "
-        "unless projections is set"
+        "embeddings and lm_head stay frozen, weight differences are stored in 8 bits, fine-tuning has the optimiser "
+        "settings of LTE (AdamW with betas (0.9, 0.999) and weight decay 0, 6 % warm-up, then linear to zero; "
+        "published for Gemma: betas (0.9, 0.95), weight decay 0.01, 5 % warm-up, then a cosine), routers keep the "
+        "epoch whose 20 % best-scored experts hold most of the held-out norms and stop after 3 epochs without a better "
+        "one (MoEfication's criterion; published: a fixed number of steps); attention projections stay dense unless "
+        "projections is set"
     )
     Options = D2dmoeOptions
     options: D2dmoeOptions

@@ -70,8 +70,10 @@ class Moefication(Method):
     fidelity = (
         "paper: splits, router (two layers, tanh, normalised input), its start, loss and rates, k fixed for all tokens "
         "and layers; adapted: labels come from the true activations and are scaled by a fixed quantile per layer, the "
-        "best epoch is kept, the co-activation graph is cut by a balanced spectral partition instead of METIS, models "
-        "without ReLU are mean-compensated as in G-MoEfication"
+        "best epoch is kept and training stops after 3 epochs without a better one, the co-activation graph is cut by "
+        "a balanced spectral partition instead of METIS, models without ReLU are mean-compensated as in G-MoEfication; "
+        "variant=relufied is fine-tuned at the rate and with the optimiser settings that d2dmoe states, without its "
+        "penalty"
     )
     Options = MoeficationOptions
     options: MoeficationOptions

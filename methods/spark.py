@@ -63,7 +63,8 @@ class Spark(Method):
         "native, on a model trained with it: the paper's FFN and attention (or Gemma 3n's FFN), same output as the "
         "model; the scaling of attention scores is not published and ours; mask, output and soft, on other models: "
         "post-hoc variants of ours, not the paper's method, which trains from scratch; statistics in float32, "
-        "multipliers calibrated so that the density is met"
+        "multipliers calibrated on dense activations, so that the density of sparse ones can differ (if by more than "
+        "0.01, it is noted)"
     )
     Options = SparkOptions
     options: SparkOptions
@@ -99,12 +100,18 @@ class Spark(Method):
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:
+        from .shared.search import missed
+        from .shared.selection import realised
+
         start, windows = perf_counter(), data.calibration[: self.options.windows]
         for artifact in self._artifacts(model, windows, densities, progress):
+            reached = realised(model, artifact, windows)
+            if artifact.density is not None:
+                artifact.manifest["notes"] += missed(artifact.density, reached, self._why_missed(model.config))
             artifact.manifest.update(
                 corpus=data.corpus,
                 tokens=windows.numel(),
-                density=round(_kept(model, artifact, windows), 4),
+                density=round(reached, 4),
                 seconds=round(perf_counter() - start, 2),
                 device=next(model.parameters()).device.type,
             )
@@ -148,6 +155,11 @@ class Spark(Method):
             return self.options.variant
         return "mask" if built_in(config) is None else "native"
 
+    def _why_missed(self, config: Any) -> str:
+        if built_in(config) is None and self.options.multiplier == "calibrated":
+            return "multipliers are calibrated on dense activations"
+        return "multipliers are those of normal scores"
+
     def _artifacts(
         self,
         model: PreTrainedModel,
@@ -181,11 +193,11 @@ class Spark(Method):
                 found = multipliers(handle, windows, wanted, progress, last=last)
         for density, values in zip(densities, found, strict=True):
             tensors = {f"multiplier.{index}": torch.tensor([value]) for index, value in values.items()}
-            manifest: dict[str, Any] = {"variant": variant}
+            manifest: dict[str, Any] = {"variant": variant, "notes": []}
             if own is not None:
                 manifest["trained_density"] = max(own)
                 if density not in (None, max(own)):
-                    manifest["notes"] = [f"the model was trained to keep {max(own):g} of its neurons, not {density:g}"]
+                    manifest["notes"] += [f"the model was trained to keep {max(own):g} of its neurons, not {density:g}"]
             yield self.artifact(model, density, tensors, manifest)
 
 
@@ -198,14 +210,3 @@ def built_in(config: Any) -> list[float] | None:
     if pattern is None or not any(pattern):
         return None
     return [round(1 - share, 9) if share else 0.0 for share in pattern]
-
-
-def _kept(model: PreTrainedModel, artifact: Artifact, windows: Tensor) -> float:
-    """The share of the sparse layers' neurons that a few windows of text keep."""
-    import torch
-
-    with sparsify(model, artifact, "all") as handle, torch.inference_mode(), handle.meter.on():
-        model(input_ids=windows[:4].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
-        layers = [layer for layer in handle.layers() if layer.site == "ffn"]
-        counts = [torch.cat(handle.meter.counts["ffn", layer.layer]).double().mean() for layer in layers]
-        return float(sum(counts) / sum(layer.units for layer in layers))

@@ -171,14 +171,15 @@ def judge(router: Router, x: Tensor, active: Tensor, batch: int = 1, oracle: boo
     """On the held-out tokens of x [tokens, d], active [tokens, units].
 
     batch: tokens that share a selection, by `batch_score`; active is then what any of them needs (Polar Sparsity,
-    algorithm 2). oracle: ranked by the labels themselves.
+    algorithm 2). They are as far apart as the tokens allow: a decode batch holds different sequences, whose needs
+    overlap less than those of neighbours in one text. oracle: ranked by the labels themselves.
     """
     x, active = x[split(len(x)) :], active[split(len(x)) :]
     size = min(batch, len(x))
     groups = len(x) // size
     recall, hits = torch.zeros(2, active.shape[1], device=x.device)
     total = predicted = some = 0.0
-    for rows in torch.arange(groups * size, device=x.device).view(groups, size).split(max(1, CHUNK // size)):
+    for rows in torch.arange(groups * size, device=x.device).view(size, groups).T.split(max(1, CHUNK // size)):
         true = active[rows]
         score = true.float() if oracle else router.score(x[rows].float())
         predicted += float((score > 0).any(1).sum())

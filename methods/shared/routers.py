@@ -12,6 +12,7 @@ from sparse_kernels.layers import ExpertFFN
 from sparse_kernels.selectors import Router
 
 from ..errors import UsageError
+from .selection import quantile
 from .splitting import CHUNK, keys
 
 MINIMUM = 500  # tokens; the published routers learn from batches of 512
@@ -118,9 +119,7 @@ def labels(importance: Tensor) -> Tensor:
 
     The released code divides by a batch's largest value: labels then depend on the batch, and an outlier empties them.
     """
-    flat = importance.flatten()
-    top = flat[:: 1 + len(flat) // 1_000_000].quantile(0.999)
-    return (importance / top.clamp(min=1e-12)).clamp(max=1)
+    return (importance / quantile(importance, 0.999).clamp(min=1e-12)).clamp(max=1)
 
 
 def held_out(tokens: int) -> int:

@@ -12,7 +12,12 @@ from torch.nn import functional as F
 from sparse_kernels.layers import ExpertFFN
 from sparse_kernels.selectors import Selector
 
+from ..base import sparsify
+
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..artifact import Artifact
     from ..base import SparseModel
     from .student import Student
 
@@ -48,6 +53,19 @@ def expert_usage(handle: SparseModel | Student, windows: Tensor) -> dict[str, Te
         for hook in hooks:
             hook.remove()
     return {name: (count / tokens).cpu() for name, count in counts.items()}
+
+
+@torch.no_grad()
+def realised(model: PreTrainedModel, artifact: Artifact, windows: Tensor) -> float:
+    """The density of the layers that an artifact makes sparse, by their weights, where every token of 4 windows is."""
+    with sparsify(model, artifact, "all") as handle, handle.meter.on():
+        handle.model(input_ids=windows[:BATCH].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
+        counts, used, total = handle.meter.counts, 0.0, 0
+        for layer in handle.layers():
+            weights = sum(linear.weight.numel() for linear in layer.linears().values())
+            share = torch.cat(counts[layer.site, layer.layer]).double().mean() / layer.units
+            used, total = used + weights * float(share), total + weights
+    return used / total
 
 
 def mean_density(usage: dict[str, Tensor], weights: dict[str, int] | None = None) -> float:
@@ -87,6 +105,14 @@ def text_loss(handle: SparseModel, windows: Tensor, sparse: bool) -> float:
     return total / tokens
 
 
+def quantile(score: Tensor, share: float) -> Tensor:
+    """The value that this share of scores [tokens, experts] does not exceed; from about a million of them at most.
+
+    Whole tokens are left out: every second score of an even number of experts would be those of half the experts.
+    """
+    return score[:: 1 + score.numel() // 1_000_000].flatten().quantile(share)
+
+
 def threshold_for(selector: Selector, score: Tensor, density: float) -> Tensor:
     """float32 [1]: the threshold above which this share of scores [tokens, experts] is; relative, if the rule is.
 
@@ -94,9 +120,7 @@ def threshold_for(selector: Selector, score: Tensor, density: float) -> Tensor:
     """
     if selector.rule == "relative":
         score = score / score.amax(-1, keepdim=True).clamp(min=1e-12)
-    flat = score.flatten()
-    sample = flat[:: 1 + len(flat) // 1_000_000]
-    found = sample.quantile(1 - density).reshape(1)
+    found = quantile(score, 1 - density).reshape(1)
     return found.clamp(min=1e-9) if selector.rule == "relative" else found
 
 

@@ -209,6 +209,14 @@ def test_densities_share_what_does_not_depend_on_them():
     assert alone.hash == gated[1].hash
 
 
+def test_seconds_are_those_of_the_whole_preparation(monkeypatch):
+    """Also of densities that were prepared together, as every other method has it."""
+    clock = iter((100.0, 160.0))
+    monkeypatch.setattr("methods.dejavu.perf_counter", lambda: next(clock))
+    found = list(parse(QUICK).prepare(llama(), data(), [0.75, 0.5]))
+    assert [artifact.manifest["seconds"] for artifact in found] == [60.0, 60.0]
+
+
 def test_equal_recall_lets_blocks_differ():
     model = llama(**{**DEEP, "num_hidden_layers": 4})
     artifact = prepared(model, QUICK + ":parts=ffn:allocation=recall:positives=0.2")

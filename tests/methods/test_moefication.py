@@ -28,8 +28,9 @@ from methods.shared.routers import (
     tanh_router,
     uniform,
 )
-from methods.shared.selection import expert_usage, warnings
+from methods.shared.selection import expert_usage, threshold_for, warnings
 from sparse_kernels.layers import ExpertFFN
+from sparse_kernels.selectors import Router
 from tests.methods.models import MODELS, data, llama, opt, windows
 
 QUICK = "moefication:expert_size=8:windows=16:epochs=2"
@@ -187,6 +188,20 @@ def test_labels_are_shares_that_one_outlier_does_not_empty() -> None:
     found = labels(importance)
     assert 0 <= found.min() and found.max() == 1 and found.mean() > 0.4
     assert not labels(torch.zeros(10, 4)).any()
+
+
+def test_much_text_is_thinned_out_by_tokens_and_not_by_experts() -> None:
+    """As many scores as are thinned out twofold, from an even number of experts of which every second one scores more.
+
+    Experts 0, 2, ... are uniform in [0, 1], the others in [1, 2].
+    """
+    score = torch.rand(4000, 300, generator=torch.Generator().manual_seed(0)) + torch.arange(300) % 2
+    selector = Router((torch.eye(300),), "threshold")
+    for density, expected in ((0.75, 0.5), (0.5, 1.0), (0.25, 1.5)):
+        threshold = threshold_for(selector, score, density)
+        assert float(threshold) == pytest.approx(expected, abs=0.01)
+        assert float((score > threshold).float().mean()) == pytest.approx(density, abs=0.005)
+    assert float(labels(score)[:, 0].max()) == pytest.approx(0.5, abs=0.01)
 
 
 def test_training_makes_a_router_better_than_similarity_and_chance() -> None:

@@ -16,8 +16,8 @@ from methods.families import cached, coarse, groups_for
 from methods.registry import create, parse
 from methods.runtime import runtime
 from methods.shared.heads import group_norms, head_norms
-from methods.shared.predictors import Judgement, equal_recall, weighted_loss
-from sparse_kernels.selectors import BatchRouter, Tap
+from methods.shared.predictors import Judgement, equal_recall, judge, weighted_loss
+from sparse_kernels.selectors import BatchRouter, Router, Tap
 from tests.methods.models import MODELS, data, llama, opt, windows
 from tests.methods.test_runtime import built, decode
 
@@ -308,6 +308,16 @@ def test_the_critical_density_is_the_smallest_within_the_budget():
     assert strict.tensors["heads.k"].tolist() == [4, k, k]
     assert all(rise > 1e-9 for density, rise in rises.items() if float(density) < k / 4)
     assert rises[f"{k / 4:.3f}"] <= 1e-9
+
+
+def test_a_batch_is_judged_by_tokens_of_different_texts():
+    """Eight held-out windows of eight tokens, each with a neuron of its own: any batch needs as many as it has rows."""
+    active = torch.eye(8, dtype=torch.bool).repeat_interleave(8, 0).repeat(20, 1)  # the last 64 of 1280 tokens judge
+    for size in (1, 2, 4, 8):
+        found = judge(Router((torch.eye(8),)), active.float(), active, size, oracle=True)
+        assert found.active == size and found.needed(1.0) == size
+    everything = judge(Router((torch.eye(8),)), active.float(), active, 64, oracle=True)
+    assert everything.active == 8 and everything.hits[-1] == 8
 
 
 def test_equal_recall_spends_what_is_given():

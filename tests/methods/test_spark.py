@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from methods import UsageError, sparsify
 from methods.registry import create, parse
+from methods.shared.calibration import multipliers
 from methods.shared.spark_llama import SparkMLP
 from methods.spark import built_in
 from sparse_kernels import gaussian_multiplier, spark_attention_decode, spark_attention_multipliers
@@ -54,6 +55,20 @@ def test_the_mask_at_density_1_is_the_dense_model_bit_for_bit(build):
     for variant in ("mask", "output", "soft"):
         with sparsify(model, prepare(model, f"spark:variant={variant}:multiplier=gaussian", 1.0), "all"):
             assert torch.equal(model(input_ids=ids).logits, dense)
+
+
+def test_a_density_that_is_missed_is_told(monkeypatch):
+    def off(handle, windows, densities, progress):
+        return multipliers(handle, windows, [density - 0.05 for density in densities], progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("methods.shared.calibration.multipliers", off)
+        manifest = prepare(llama(), "spark", 0.5).manifest
+    assert manifest["density"] == pytest.approx(0.45, abs=0.01)
+    assert manifest["notes"][0].startswith(f"density {manifest['density']:.3f} instead of 0.5: multipliers are calibr")
+    for build, spec, density in ((llama, "spark", 0.5), (spark_llama, "spark", None), (gemma3n, "spark", None)):
+        assert prepare(build(), spec, density).manifest["notes"] == []
+    assert "those of normal scores" in prepare(llama(), "spark:multiplier=gaussian", 0.5).manifest["notes"][0]
 
 
 def test_less_density_strays_further():

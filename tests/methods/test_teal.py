@@ -10,7 +10,7 @@ from methods import sparsify
 from methods.registry import parse
 from methods.shared.calibration import MagnitudeHistogram, block_calls, input_histograms
 from methods.teal import greedy_allocation
-from tests.methods.models import MODELS, data, llama, windows
+from tests.methods.models import MODELS, data, llama, opt, windows
 
 
 @settings(max_examples=30, deadline=None)
@@ -51,6 +51,21 @@ def test_uniform_meets_the_target_on_its_calibration_text(make: object) -> None:
         kept = (inputs[name].abs() > artifact.tensors[f"threshold.{index}.{site}"]).float().mean()
         if not (site == "down" and model.config.model_type == "opt"):  # half of a ReLU's outputs are zero already
             assert abs(float(kept) - target) < 5e-3, (index, site)
+
+
+def test_a_density_that_zeros_of_a_relu_lower_is_told() -> None:
+    """0.1 of each linear layer's inputs are to go, and half of what `down` reads is zero already."""
+    model, text = opt(), data().calibration[:4]
+    (artifact,) = parse("teal:allocation=uniform").prepare(model, data(), [0.9])
+    shape = cost.Shape.of(model)
+    with sparsify(model, artifact, "all") as handle, handle.meter.on():
+        model(input_ids=text)
+        density = cost.model_density(shape, cost.densities(handle, shape))
+    assert density < 0.85 and artifact.manifest["density"] == pytest.approx(density, abs=1e-4)
+    (note,) = artifact.manifest["notes"]
+    assert note.startswith(f"density {density:.3f} instead of 0.9: ")
+    (met,) = parse("teal:allocation=uniform").prepare(llama(), data(), [0.9])
+    assert met.manifest["density"] == pytest.approx(0.9, abs=0.01) and met.manifest["notes"] == []
 
 
 def _leaf(model: torch.nn.Module, site: str) -> str:

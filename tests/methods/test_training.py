@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from torch import nn
 
 from methods import UsageError, sparsify
 from methods.base import Data
-from methods.registry import parse
+from methods.registry import info, parse
+from methods.shared import learning, training
 from methods.shared import student as student_module
-from methods.shared import training
 from methods.shared.student import Student, Tuning, checkpoint_file, dense_ffn
 from methods.shared.training import SCHEDULES, train
 from tests.methods import team
@@ -263,6 +264,32 @@ def test_methods_that_fine_tune_stop_early_if_asked_to(name: str, monkeypatch: p
     assert torch.equal(torch.cat([learned, held_out]), scarce.train(80)) and len(held_out) == 8
     with pytest.raises(UsageError, match=f"{name} needs .*patience (of at least|from) 0"):
         parse(f"{name}:patience=-1")
+
+
+def test_what_is_said_of_fine_tuning_is_what_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The optimiser's settings and when routers stop, in the words of d2dmoe; moefication refers to them."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def spy(*args: Any, **options: Any) -> list[float]:
+        given = inspect.signature(train).bind(*args, **options)
+        given.apply_defaults()
+        found[given.arguments["label"]] = given.arguments
+        return train(*args, **options)
+
+    monkeypatch.setattr(student_module, "train", spy)
+    monkeypatch.setattr(learning, "train", spy)
+    for spec in ("d2dmoe:steps=2", "moefication:variant=relufied:relu_steps=2"):
+        list(parse(f"{spec}:batch=2:expert_size=8:windows=16:epochs=1").prepare(llama(), data(), [0.5]))
+    tuned = found["d2dmoe sparsity"]
+    names = ("schedule", "warmup", "weight_decay", "learning_rate")
+    assert [tuned[n] for n in names] == [found["moefication with ReLU"][n] for n in names]
+    betas = torch.optim.AdamW([torch.zeros(1, requires_grad=True)]).defaults["betas"]
+    optimiser = f"AdamW with betas {betas} and weight decay {tuned['weight_decay']:g}"
+    schedule = f"{100 * tuned['warmup']:g} % warm-up, then {tuned['schedule']} to zero"
+    assert f"settings of LTE ({optimiser}, {schedule}" in info("d2dmoe").fidelity
+    assert "settings that d2dmoe states" in info("moefication").fidelity
+    for name in ("d2dmoe", "moefication"):
+        assert f"after {found[f'{name} router 0']['patience']} epochs without a better one" in info(name).fidelity
 
 
 def test_early_stopping_needs_text_to_hold_out() -> None:
