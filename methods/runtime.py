@@ -170,18 +170,16 @@ class FastBlock:
         self.key_norm = getattr(getattr(attention, "k_norm", None), "weight", None)
         self.head_eps = float(getattr(getattr(attention, "q_norm", None), "variance_epsilon", 1e-6))
         self.ffn: Any = None
-        self.lent: Any = (
-            None  # the weights of a sparse FFN's last layer, while they are a view of what its kernels read
-        )
+        self.lent: Any = None  # weights of a sparse FFN's last layer, while they are a view of what its kernels read
         self.whole: Callable[..., Tensor] | None = None  # an FFN that is read whole, for one token: neuron by neuron
-        leader = find(layout.ffn[0])
+        leader: Any = find(layout.ffn[0])
         dense = isinstance(leader, ExpertFFN) and leader.selector is None
         if isinstance(leader, SparseLayer) and not isinstance(leader, SparseLinear) and not dense:
             self.ffn = leader
             leader.materialize()
             if share:
-                own: Any = leader.linears()["down"]
-                self.lent, own.weight.data = own.weight, leader.down_t.t()  # type: ignore[operator]
+                self.lent = self.ffn.linears()["down"].weight
+                self.lent.data = self.ffn.down_t.t()
         else:
             names = [name for name in ("gate", "up", "down") if name in layout.linears]
             *before, down = leader.linears().values() if dense else (find(layout.linears[name]) for name in names)
