@@ -39,7 +39,6 @@ class SparseLayer(nn.Module, ABC):
     its rows is better multiplied densely.
     """
 
-    attends = False
     density: float | None = None
 
     def __init__(self, site: str, layer: int, phase: Phase, meter: Meter) -> None:
@@ -62,6 +61,10 @@ class SparseLayer(nn.Module, ABC):
     @abstractmethod
     def materialize(self) -> None:
         """Builds what the fast path reads (transposed weights); called once, before any capture."""
+
+    @property
+    def attends(self) -> bool:
+        return False
 
     @property
     def overhead(self) -> int:

@@ -262,6 +262,19 @@ def test_what_is_charged():
     assert density["sites"]["heads"]["layers"] == [1.0, 0.5, 0.5]
 
 
+def test_an_oracle_is_charged_for_the_attention_of_all_heads():
+    model, ids = llama(**SIX), windows(2)
+    shape = cost.Shape.of(model)
+    artifact = create("polar", {"selector": "oracle"}).synthesize(model, 0.5, ids)
+    with sparsify(model, artifact, "all") as handle, handle.meter.on():
+        model(input_ids=ids)
+        spent, density = cost.record(handle, shape, 100, 1)
+    found, o = spent["decode"], 2 * 0.5 * 64 * 64  # of two blocks
+    assert density["sites"]["heads"]["layers"] == [1.0, 0.5, 0.5]
+    assert found["flops_dense"] - found["flops"] == 2 * o and found["bytes_dense"] - found["bytes"] == 4 * o
+    assert spent["prefill"]["flops_dense"] - spent["prefill"]["flops"] == 2 * o * 100
+
+
 @pytest.mark.parametrize("active, whole", [(0.01, False), (0.2, True)])
 def test_a_batch_is_charged_what_its_steps_ran(active, whole):
     """All of its rows run the same neurons, and the router costs something where it is asked."""
