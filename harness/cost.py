@@ -231,22 +231,19 @@ def prefill_cost(
     return Prefill(context, dense, round(2 * (executed + shape.head) + attention))
 
 
-def record(
-    handle: SparseModel, shape: Shape, context: int, batch: int, stepped: bool = False
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def record(handle: SparseModel, shape: Shape, context: int, batch: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The record's `cost` and `density` blocks, from what the meter has seen.
 
-    stepped: decode steps of the batch were run, so that what the meter has no union of was read whole.
+    batch: above 1, its decode steps were run, so that what the meter has no union of was read whole.
     """
     tokens = densities(handle, shape)
     layers = handle.layers()
-    steps = batch if stepped else 1
-    union = densities(handle, shape, unions=True) if steps > 1 else tokens
+    union = densities(handle, shape, unions=True) if batch > 1 else tokens
     shared = {(layer.layer, name) for layer in layers if layer.shared for name in layer.linears()}
     ran = {key: union[key] if key in shared else density for key, density in tokens.items()}
     alone = overhead(handle, 1)
     cost = {
-        "decode": asdict(decode_cost(shape, ran, union, overhead(handle, steps), context, batch)),
+        "decode": asdict(decode_cost(shape, ran, union, overhead(handle, batch), context, batch)),
         "prefill": asdict(prefill_cost(shape, tokens, alone, context, handle.fraction, complete(handle, shape))),
     }
     if not layers:

@@ -108,7 +108,7 @@ class Session:
             if bench is not None:
                 paths = self._check_paths(handle, quality)
                 timing = self._time(bench, handle, cell, quality) | paths
-            costs, density = cost.record(handle, self.shape, cell.context, cell.batch, bench is not None)
+            costs, density = cost.record(handle, self.shape, cell.context, cell.batch)
         return {
             "model": self.describe(),
             "corpus": None if self.corpus is None else {"name": self.corpus.name, "hash": self.corpus.hash},

@@ -78,7 +78,7 @@ def test_densities_and_percentiles_come_from_the_meter() -> None:
         tokens, union = cost.densities(handle, shape), cost.densities(handle, shape, unions=True)
         sites = cost.site_table(handle)
         handle.meter.unions.clear()  # as where a batch was multiplied densely
-        spent, density = cost.record(handle, shape, 8, 2, stepped=True)
+        spent, density = cost.record(handle, shape, 8, 2)
     assert spent["decode"]["bytes"] == spent["decode"]["bytes_dense"] and density is not None and density["union"] == 1
     assert tokens[0, "q"] == pytest.approx(0.505) and tokens[0, "v"] == 1.0 and union[0, "q"] == 1.0
     assert sites["down"] == {

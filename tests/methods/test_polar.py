@@ -286,13 +286,13 @@ def test_a_batch_is_charged_what_its_steps_ran(active, whole):
             with handle.sparse():
                 model(input_ids=prompt)  # as quality is evaluated: every token with neurons of its own
             decode(model, prompt, 3, handle)
-        spent, density = cost.record(handle, shape, 100, 17, True)
-        unseen = cost.record(handle, shape, 100, 17)[0]["decode"]
+        spent, density = cost.record(handle, shape, 100, 17)
+        alone = cost.record(handle, shape, 100, 1)[0]["decode"]
     heads = 4 * 64 + 4  # one block, heads x width and a bias
     neurons = 2 * (16 * 64 + 128 * 16)  # two blocks
     assert all(layer.idle(17) == whole and not layer.idle(1) for layer in ffns)
     assert spent["decode"]["flops_overhead"] == 2 * (heads + (0 if whole else neurons))
-    assert unseen["flops_overhead"] == 2 * (heads + neurons)  # of single tokens
+    assert alone["flops_overhead"] == 2 * (heads + neurons)
     share = ffns[0].selector.k_for(17) / 128
     assert (share == 1) == whole
     saved = (1 - share) * 2 * 2 * 64 * 128 * 2 + 0.5 * (2 * 64 * 64 + 4 * 64 * 100)
