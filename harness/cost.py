@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from methods.families import blocks
+from methods.families import blocks, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,23 +56,35 @@ class Shape:
     linears: dict[tuple[int, str], int]  # weights of every linear layer in the blocks, by (block, name)
     head: int  # weights of lm_head
     query: dict[int, int]  # query heads x head size, by block
-    kv: dict[int, int]  # elements a token adds to the cache, keys and values, by block
+    kv: dict[int, int]  # keys and values of a position that attention reads, by block; borrowed ones as well
+    windows: dict[int, int | None]  # how many positions a token sees at most, by block; None: all before it
     itemsize: int  # bytes per weight and per cache element
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Shape:
         linears: dict[tuple[int, str], int] = {}
-        query, kv = {}, {}
-        for block in blocks(model):
+        query, kv, windows = {}, {}, {}
+        own: dict[int | None, int] = {}  # by window: a block without keys and values takes those of the last one alike
+        for block, window in zip(blocks(model), windows_of(model.config), strict=True):
             linears.update({(block.index, name): linear.weight.numel() for name, linear in block.linears.items()})
             query[block.index] = block.linears["q"].out_features
-            kv[block.index] = sum(block.linears[name].out_features for name in "kv" if name in block.linears)
+            if "k" in block.linears:
+                own[window] = block.linears["k"].out_features + block.linears["v"].out_features
+            kv[block.index], windows[block.index] = own[window], window
         head = model.get_output_embeddings().weight
-        return cls(linears, head.numel(), query, kv, head.element_size())
+        return cls(linears, head.numel(), query, kv, windows, head.element_size())
 
     @property
     def dense(self) -> int:
         return sum(self.linears.values())
+
+    def seen(self, context: int) -> dict[int, int]:
+        """By block, how many positions the last of `context` tokens sees."""
+        return {block: min(context, window or context) for block, window in self.windows.items()}
+
+    def pairs(self, length: int) -> dict[int, int]:
+        """By block, how many positions the tokens of a prompt see, summed over them."""
+        return {block: n * (n + 1) // 2 + (length - n) * n for block, n in self.seen(length).items()}
 
 
 def dense_layers(shape: Shape) -> dict[tuple[int, str], float]:
@@ -170,9 +182,9 @@ def _active(shape: Shape, found: dict[tuple[int, str], float]) -> float:
     return _weighted(shape.linears, found)
 
 
-def _attended(elements: dict[int, int], found: dict[tuple[int, str], float]) -> float:
-    """These elements of every block, as far as attention reads them."""
-    return _weighted({(block, "attention"): n for block, n in elements.items()}, found)
+def _attended(elements: dict[int, int], times: dict[int, int], found: dict[tuple[int, str], float]) -> float:
+    """These elements of every block, so many times, as far as attention reads them."""
+    return _weighted({(block, "attention"): n * times[block] for block, n in elements.items()}, found)
 
 
 def _weighted(sizes: dict[tuple[int, str], int], found: dict[tuple[int, str], float]) -> float:
@@ -191,9 +203,10 @@ def decode_cost(
 ) -> Decode:
     """tokens: density per token (FLOPs follow it); union: density over the batch (bytes follow it); overhead: router
     parameters, read and multiplied in full."""
-    attention = 4 * context * _attended(shape.query, tokens)  # scores and values, 2 FLOPs per multiply-add each
-    kv = round(_attended(shape.kv, tokens) * context * shape.itemsize)
-    dense_flops = 2 * (shape.dense + shape.head) + 4 * context * sum(shape.query.values())
+    seen = shape.seen(context)
+    attention = 4 * _attended(shape.query, seen, tokens)  # scores and values, 2 FLOPs per multiply-add each
+    kv = round(_attended(shape.kv, seen, tokens) * shape.itemsize)
+    dense_flops = round(2 * (shape.dense + shape.head) + 4 * _attended(shape.query, seen, {}))
     weights = (_active(shape, union) + shape.head) * shape.itemsize / batch
     extra = overhead * shape.itemsize / batch
     return Decode(
@@ -203,7 +216,7 @@ def decode_cost(
         flops=round(2 * (_active(shape, tokens) + shape.head) + attention + 2 * overhead),
         flops_overhead=2 * overhead,
         bytes_dense=round((shape.dense + shape.head) * shape.itemsize / batch)
-        + sum(shape.kv.values()) * context * shape.itemsize,
+        + round(_attended(shape.kv, seen, {}) * shape.itemsize),
         bytes=round(weights + extra) + kv,
         bytes_weights=round(weights),
         bytes_kv=kv,
@@ -221,13 +234,13 @@ def prefill_cost(
 ) -> Prefill:
     """share: how many of the prompt's positions are sparse (0 in mode decode, 1 in mode all); full: densities at the
     others, if they are not 1."""
-    query = sum(shape.query.values())
     sparse = round(share * context)
     prefix = context - sparse
-    causal, before = (2 * length * (length + 1) for length in (context, prefix))  # the causal half
-    dense = 2 * (shape.dense * context + shape.head) + query * causal
+    causal, before = shape.pairs(context), shape.pairs(prefix)
+    after = {block: pairs - before[block] for block, pairs in causal.items()}
+    dense = round(2 * (shape.dense * context + shape.head) + 4 * _attended(shape.query, causal, {}))
     executed = _active(shape, full or {}) * prefix + (_active(shape, tokens) + overhead) * sparse
-    attention = query * before + _attended(shape.query, tokens) * (causal - before)
+    attention = 4 * (_attended(shape.query, before, {}) + _attended(shape.query, after, tokens))
     return Prefill(context, dense, round(2 * (executed + shape.head) + attention))
 
 
