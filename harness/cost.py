@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from methods import SparseModel
+    from sparse_kernels.layers import SparseLayer
 
 BINS = 32  # at most, of the histogram of units that single tokens use
 
@@ -96,23 +97,28 @@ def densities(handle: SparseModel, shape: Shape, unions: bool = False) -> dict[t
     """Realised density of every linear layer in the blocks, from the handle's meter; 1 where nothing is sparse.
 
     unions: the share of units that any sequence of the batch used, from one-position passes, instead of the mean
-    over tokens. A site that the meter has not seen counts as dense. (block, "attention"), where a layer leaves out
-    heads or cached tokens, is always a mean over tokens: every sequence has a cache of its own.
+    over tokens. A site that the meter has not seen counts as dense.
     """
-    import torch
-
-    def mean(layer: Any, counted: dict[tuple[str, int], list[Any]]) -> float:
-        counts = counted.get((layer.site, layer.layer))
-        flat = torch.cat([c.reshape(-1) for c in counts]).double() if counts else None
-        return layer.share(1.0 if flat is None else float(flat.mean()) / layer.units)
-
     found = dense_layers(shape)
     for layer in handle.layers():
-        density = mean(layer, handle.meter.unions if unions else handle.meter.counts)
+        density = _mean(layer, handle.meter.unions if unions else handle.meter.counts)
         found.update({(layer.layer, name): density for name in layer.linears()})
-        if layer.attends:
-            found[layer.layer, "attention"] = mean(layer, handle.meter.counts)
     return found
+
+
+def attention(handle: SparseModel, seen: range) -> dict[tuple[int, str], float]:
+    """By block where a layer leaves out heads or cached tokens, the share of attention and of the cache that tokens
+    use which see so many positions. Always a mean over tokens: every sequence has a cache of its own."""
+    layers = [layer for layer in handle.layers() if layer.attends]
+    return {(layer.layer, "attention"): layer.attended(_mean(layer, handle.meter.counts), seen) for layer in layers}
+
+
+def _mean(layer: SparseLayer, counted: dict[tuple[str, int], list[Any]]) -> float:
+    import torch
+
+    counts = counted.get((layer.site, layer.layer))
+    flat = torch.cat([c.reshape(-1) for c in counts]).double() if counts else None
+    return layer.share(1.0 if flat is None else float(flat.mean()) / layer.units)
 
 
 def overhead(handle: SparseModel, rows: int) -> int:
@@ -254,10 +260,13 @@ def record(handle: SparseModel, shape: Shape, context: int, batch: int) -> tuple
     union = densities(handle, shape, unions=True) if batch > 1 else tokens
     shared = {(layer.layer, name) for layer in layers if layer.shared for name in layer.linears()}
     ran = {key: union[key] if key in shared else density for key, density in tokens.items()}
+    ran |= attention(handle, range(context, context + 1))
+    prefix = context - round(handle.fraction * context)
+    prompt = tokens | attention(handle, range(prefix + 1, context + 1))
     alone = overhead(handle, 1)
     cost = {
         "decode": asdict(decode_cost(shape, ran, union, overhead(handle, batch), context, batch)),
-        "prefill": asdict(prefill_cost(shape, tokens, alone, context, handle.fraction, complete(handle, shape))),
+        "prefill": asdict(prefill_cost(shape, prompt, alone, context, handle.fraction, complete(handle, shape))),
     }
     if not layers:
         return cost, None

@@ -211,6 +211,7 @@ class Session:
     def _timed_step(self, handle: SparseModel, cell: Cell) -> dict[str, Any]:
         """What the timed steps' own selections kept, and the bytes that one of these steps had to read for it."""
         found = cost.densities(handle, self.shape, unions=True)
+        found |= cost.attention(handle, range(cell.context, cell.context + 1))
         overhead = cost.overhead(handle, cell.batch)
         spent = cost.decode_cost(self.shape, found, found, overhead, cell.context, cell.batch)
         return {

@@ -66,6 +66,10 @@ class SparseLayer(nn.Module, ABC):
     def attends(self) -> bool:
         return False
 
+    def attended(self, density: float, seen: range) -> float:
+        """Where it attends, the share of attention and of the cache that tokens use which see so many positions."""
+        return density
+
     @property
     def overhead(self) -> int:
         return 0
