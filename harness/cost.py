@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from methods.families import blocks
+from methods.families import blocks, windows_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from methods import SparseModel
+    from sparse_kernels.layers import SparseLayer
 
 BINS = 32  # at most, of the histogram of units that single tokens use
 
@@ -56,23 +57,35 @@ class Shape:
     linears: dict[tuple[int, str], int]  # weights of every linear layer in the blocks, by (block, name)
     head: int  # weights of lm_head
     query: dict[int, int]  # query heads x head size, by block
-    kv: dict[int, int]  # elements a token adds to the cache, keys and values, by block
+    kv: dict[int, int]  # keys and values of a position that attention reads, by block; borrowed ones as well
+    windows: dict[int, int | None]  # how many positions a token sees at most, by block; None: all before it
     itemsize: int  # bytes per weight and per cache element
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> Shape:
         linears: dict[tuple[int, str], int] = {}
-        query, kv = {}, {}
-        for block in blocks(model):
+        query, kv, windows = {}, {}, {}
+        own: dict[int | None, int] = {}  # by window: a block without keys and values takes those of the last one alike
+        for block, window in zip(blocks(model), windows_of(model.config), strict=True):
             linears.update({(block.index, name): linear.weight.numel() for name, linear in block.linears.items()})
             query[block.index] = block.linears["q"].out_features
-            kv[block.index] = sum(block.linears[name].out_features for name in "kv" if name in block.linears)
+            if "k" in block.linears:
+                own[window] = block.linears["k"].out_features + block.linears["v"].out_features
+            kv[block.index], windows[block.index] = own[window], window
         head = model.get_output_embeddings().weight
-        return cls(linears, head.numel(), query, kv, head.element_size())
+        return cls(linears, head.numel(), query, kv, windows, head.element_size())
 
     @property
     def dense(self) -> int:
         return sum(self.linears.values())
+
+    def seen(self, context: int) -> dict[int, int]:
+        """By block, how many positions the last of `context` tokens sees."""
+        return {block: min(context, window or context) for block, window in self.windows.items()}
+
+    def pairs(self, length: int) -> dict[int, int]:
+        """By block, how many positions the tokens of a prompt see, summed over them."""
+        return {block: n * (n + 1) // 2 + (length - n) * n for block, n in self.seen(length).items()}
 
 
 def dense_layers(shape: Shape) -> dict[tuple[int, str], float]:
@@ -84,23 +97,28 @@ def densities(handle: SparseModel, shape: Shape, unions: bool = False) -> dict[t
     """Realised density of every linear layer in the blocks, from the handle's meter; 1 where nothing is sparse.
 
     unions: the share of units that any sequence of the batch used, from one-position passes, instead of the mean
-    over tokens. A site that the meter has not seen counts as dense. (block, "attention"), where a layer leaves out
-    heads or cached tokens, is always a mean over tokens: every sequence has a cache of its own.
+    over tokens. A site that the meter has not seen counts as dense.
     """
-    import torch
-
-    def mean(layer: Any, counted: dict[tuple[str, int], list[Any]]) -> float:
-        counts = counted.get((layer.site, layer.layer))
-        flat = torch.cat([c.reshape(-1) for c in counts]).double() if counts else None
-        return layer.share(1.0 if flat is None else float(flat.mean()) / layer.units)
-
     found = dense_layers(shape)
     for layer in handle.layers():
-        density = mean(layer, handle.meter.unions if unions else handle.meter.counts)
+        density = _mean(layer, handle.meter.unions if unions else handle.meter.counts)
         found.update({(layer.layer, name): density for name in layer.linears()})
-        if layer.attends:
-            found[layer.layer, "attention"] = mean(layer, handle.meter.counts)
     return found
+
+
+def attention(handle: SparseModel, seen: range) -> dict[tuple[int, str], float]:
+    """By block where a layer leaves out heads or cached tokens, the share of attention and of the cache that tokens
+    use which see so many positions. Always a mean over tokens: every sequence has a cache of its own."""
+    layers = [layer for layer in handle.layers() if layer.attends]
+    return {(layer.layer, "attention"): layer.attended(_mean(layer, handle.meter.counts), seen) for layer in layers}
+
+
+def _mean(layer: SparseLayer, counted: dict[tuple[str, int], list[Any]]) -> float:
+    import torch
+
+    counts = counted.get((layer.site, layer.layer))
+    flat = torch.cat([c.reshape(-1) for c in counts]).double() if counts else None
+    return layer.share(1.0 if flat is None else float(flat.mean()) / layer.units)
 
 
 def overhead(handle: SparseModel, rows: int) -> int:
@@ -170,9 +188,9 @@ def _active(shape: Shape, found: dict[tuple[int, str], float]) -> float:
     return _weighted(shape.linears, found)
 
 
-def _attended(elements: dict[int, int], found: dict[tuple[int, str], float]) -> float:
-    """These elements of every block, as far as attention reads them."""
-    return _weighted({(block, "attention"): n for block, n in elements.items()}, found)
+def _attended(elements: dict[int, int], times: dict[int, int], found: dict[tuple[int, str], float]) -> float:
+    """These elements of every block, so many times, as far as attention reads them."""
+    return _weighted({(block, "attention"): n * times[block] for block, n in elements.items()}, found)
 
 
 def _weighted(sizes: dict[tuple[int, str], int], found: dict[tuple[int, str], float]) -> float:
@@ -191,9 +209,10 @@ def decode_cost(
 ) -> Decode:
     """tokens: density per token (FLOPs follow it); union: density over the batch (bytes follow it); overhead: router
     parameters, read and multiplied in full."""
-    attention = 4 * context * _attended(shape.query, tokens)  # scores and values, 2 FLOPs per multiply-add each
-    kv = round(_attended(shape.kv, tokens) * context * shape.itemsize)
-    dense_flops = 2 * (shape.dense + shape.head) + 4 * context * sum(shape.query.values())
+    seen = shape.seen(context)
+    attention = 4 * _attended(shape.query, seen, tokens)  # scores and values, 2 FLOPs per multiply-add each
+    kv = round(_attended(shape.kv, seen, tokens) * shape.itemsize)
+    dense_flops = round(2 * (shape.dense + shape.head) + 4 * _attended(shape.query, seen, {}))
     weights = (_active(shape, union) + shape.head) * shape.itemsize / batch
     extra = overhead * shape.itemsize / batch
     return Decode(
@@ -203,7 +222,7 @@ def decode_cost(
         flops=round(2 * (_active(shape, tokens) + shape.head) + attention + 2 * overhead),
         flops_overhead=2 * overhead,
         bytes_dense=round((shape.dense + shape.head) * shape.itemsize / batch)
-        + sum(shape.kv.values()) * context * shape.itemsize,
+        + round(_attended(shape.kv, seen, {}) * shape.itemsize),
         bytes=round(weights + extra) + kv,
         bytes_weights=round(weights),
         bytes_kv=kv,
@@ -221,33 +240,33 @@ def prefill_cost(
 ) -> Prefill:
     """share: how many of the prompt's positions are sparse (0 in mode decode, 1 in mode all); full: densities at the
     others, if they are not 1."""
-    query = sum(shape.query.values())
     sparse = round(share * context)
     prefix = context - sparse
-    causal, before = (2 * length * (length + 1) for length in (context, prefix))  # the causal half
-    dense = 2 * (shape.dense * context + shape.head) + query * causal
+    causal, before = shape.pairs(context), shape.pairs(prefix)
+    after = {block: pairs - before[block] for block, pairs in causal.items()}
+    dense = round(2 * (shape.dense * context + shape.head) + 4 * _attended(shape.query, causal, {}))
     executed = _active(shape, full or {}) * prefix + (_active(shape, tokens) + overhead) * sparse
-    attention = query * before + _attended(shape.query, tokens) * (causal - before)
+    attention = 4 * (_attended(shape.query, before, {}) + _attended(shape.query, after, tokens))
     return Prefill(context, dense, round(2 * (executed + shape.head) + attention))
 
 
-def record(
-    handle: SparseModel, shape: Shape, context: int, batch: int, stepped: bool = False
-) -> tuple[dict[str, Any], dict[str, Any] | None]:
+def record(handle: SparseModel, shape: Shape, context: int, batch: int) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """The record's `cost` and `density` blocks, from what the meter has seen.
 
-    stepped: decode steps of the batch were run, so that what the meter has no union of was read whole.
+    batch: above 1, its decode steps were run, so that what the meter has no union of was read whole.
     """
     tokens = densities(handle, shape)
     layers = handle.layers()
-    steps = batch if stepped else 1
-    union = densities(handle, shape, unions=True) if steps > 1 else tokens
+    union = densities(handle, shape, unions=True) if batch > 1 else tokens
     shared = {(layer.layer, name) for layer in layers if layer.shared for name in layer.linears()}
     ran = {key: union[key] if key in shared else density for key, density in tokens.items()}
+    ran |= attention(handle, range(context, context + 1))
+    prefix = context - round(handle.fraction * context)
+    prompt = tokens | attention(handle, range(prefix + 1, context + 1))
     alone = overhead(handle, 1)
     cost = {
-        "decode": asdict(decode_cost(shape, ran, union, overhead(handle, steps), context, batch)),
-        "prefill": asdict(prefill_cost(shape, tokens, alone, context, handle.fraction, complete(handle, shape))),
+        "decode": asdict(decode_cost(shape, ran, union, overhead(handle, batch), context, batch)),
+        "prefill": asdict(prefill_cost(shape, prompt, alone, context, handle.fraction, complete(handle, shape))),
     }
     if not layers:
         return cost, None

@@ -19,14 +19,16 @@ from .rows import Group, Row
 
 DATA = Path(__file__).with_name("orderings.toml")
 VERDICTS = ("seen", "open", "reversed")
+DENSITIES = {"density": "ffn", "density of heads": "heads"}  # the site whose realised density is held equal
 MORE, LESS = 0.01, 0.05  # which the better cell may have more, or less, of what should be equal
 # Options that say how a cell reaches its density, or when to stop trying: they may differ within a pair.
 SEARCH = frozenset(("tolerance", "trials", "scope", "eta"))
 
 HOW_TO_READ = f"""\
 Pairs of cells of one table, the first with not more than {MORE:g} more and {LESS:g} less than the second of what the
-ordering holds equal: realised density of the FFNs, or executed FLOPs of a token as a share of dense. Difference of the
-mean negative log-likelihood, nats/token, paired over windows, with its 95 % interval; below zero the ordering holds.
+ordering holds equal: realised density of the FFNs or of the heads, or executed FLOPs of a token as a share of dense.
+Difference of the mean negative log-likelihood, nats/token, paired over windows, with its 95 % interval; below zero the
+ordering holds.
 A pair is **seen** where the whole interval is below zero, **reversed** where all of it is above, else **open**;
 **mixed**: pairs differ; **not measured**: there is none. LTE and D2DMoE fine-tune the model, MoEfication trains routers
 alone: on a gated model it is the one whose activation fine-tuning replaced by ReLU, on a ReLU model the weights as they
@@ -45,8 +47,8 @@ class Ordering:
 
     def amount(self, row: Row) -> float | None:
         """What the cells of a pair should have equally much of, as a share of dense."""
-        if self.equal == "density":
-            return row.ffn.get("mean")
+        if self.equal in DENSITIES:
+            return row.site(DENSITIES[self.equal]).get("mean")
         executed, dense = row.decode.get("flops"), row.decode.get("flops_dense")
         return executed / dense if executed and dense else None
 

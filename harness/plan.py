@@ -127,6 +127,11 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
     densities = None if args.density is None else numbers(args.density, "--density", _density)
     modes = [_mode(name) for name in split(args.mode, "--mode")]
     batches = numbers(args.batch, "--batch", _positive)
+    if args.no_latency and max(batches) > 1:
+        raise UsageError(
+            "--no-latency leaves out the steps that tell what a batch reads, and no quality depends on it: "
+            "drop --no-latency or --batch."
+        )
     contexts = None if args.context is None else numbers(args.context, "--context", _positive)
     limit = args.limit if args.limit is not None else QUICK_LIMIT if args.quick else LIMIT
     if limit < 1:

@@ -142,7 +142,10 @@ class Row:
     @property
     def ffn(self) -> dict[str, Any]:
         """What is known of the density of the FFNs' units; empty where these are no site."""
-        return (self.part("density").get("sites") or {}).get("ffn") or {}
+        return self.site("ffn")
+
+    def site(self, name: str) -> dict[str, Any]:
+        return (self.part("density").get("sites") or {}).get(name) or {}
 
     @property
     def p99(self) -> float | None:

@@ -112,7 +112,7 @@ class Session:
             if bench is not None:
                 paths = self._check_paths(handle, quality)
                 timing = self._time(bench, handle, cell, quality) | paths
-            costs, density = cost.record(handle, self.shape, cell.context, cell.batch, bench is not None)
+            costs, density = cost.record(handle, self.shape, cell.context, cell.batch)
         return {
             "model": self.describe(),
             "corpus": None if self.corpus is None else {"name": self.corpus.name, "hash": self.corpus.hash},
@@ -215,6 +215,7 @@ class Session:
     def _timed_step(self, handle: SparseModel, cell: Cell) -> dict[str, Any]:
         """What the timed steps' own selections kept, and the bytes that one of these steps had to read for it."""
         found = cost.densities(handle, self.shape, unions=True)
+        found |= cost.attention(handle, range(cell.context, cell.context + 1))
         overhead = cost.overhead(handle, cell.batch)
         spent = cost.decode_cost(self.shape, found, found, overhead, cell.context, cell.batch)
         return {

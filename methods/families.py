@@ -174,6 +174,14 @@ def heads_of(config: Any) -> tuple[int, int]:
     return heads, getattr(config, "num_key_value_heads", None) or heads
 
 
+def windows_of(config: Any) -> list[int | None]:
+    """By block, how many positions a token sees at most, its own included; None where it sees all before it."""
+    config = config.get_text_config()
+    window = getattr(config, "sliding_window", None) or None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
 def neurons_of(config: Any) -> int:
     """How many neurons an FFN has."""
     return getattr(config, "intermediate_size", None) or config.ffn_dim

@@ -34,7 +34,7 @@ from sparse_kernels.layers import FAST_ROWS, ExpertFFN, SparseLayer, SparseLinea
 from sparse_kernels.neuron_ffn.launch import takes_rows
 
 from .errors import UsageError
-from .families import activation_of, layout_of
+from .families import activation_of, layout_of, windows_of
 from .shared.around import FIXED_ROPES, last_norm, rotation, unmasked
 
 if TYPE_CHECKING:
@@ -295,8 +295,7 @@ class FastBlock:
 
 def window_of(config: Any) -> int | None:
     """How many positions some layers see at most; None where all see all."""
-    kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
-    return window if window and (kinds is None or "sliding_attention" in kinds) else None
+    return next(filter(None, windows_of(config)), None)
 
 
 def why_not(model: PreTrainedModel, length: int = 0) -> str | None:

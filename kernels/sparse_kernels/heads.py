@@ -27,7 +27,6 @@ class SelectiveHeads(SparseLayer):
     attention. Raises ValueError where sizes do not fit.
     """
 
-    attends = True
     threshold: Tensor | None
     weight_t: Tensor
 
@@ -51,6 +50,10 @@ class SelectiveHeads(SparseLayer):
 
     def linears(self) -> dict[str, nn.Linear]:
         return {"o": self.linear}
+
+    @property
+    def attends(self) -> bool:
+        return self.selector is not None and self.selector.fast  # an oracle attends with all heads first
 
     @property
     def overhead(self) -> int:

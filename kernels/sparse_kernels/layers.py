@@ -39,7 +39,6 @@ class SparseLayer(nn.Module, ABC):
     its rows is better multiplied densely.
     """
 
-    attends = False
     density: float | None = None
 
     def __init__(self, site: str, layer: int, phase: Phase, meter: Meter) -> None:
@@ -62,6 +61,14 @@ class SparseLayer(nn.Module, ABC):
     @abstractmethod
     def materialize(self) -> None:
         """Builds what the fast path reads (transposed weights); called once, before any capture."""
+
+    @property
+    def attends(self) -> bool:
+        return False
+
+    def attended(self, density: float, seen: range) -> float:
+        """Where it attends, the share of attention and of the cache that tokens use which see so many positions."""
+        return density
 
     @property
     def overhead(self) -> int:

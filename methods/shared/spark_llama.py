@@ -128,7 +128,8 @@ class SparkAttentionLayer(SparseLayer):
     """A model's `SparkAttention`, same output: decode steps read of the cache only what they attend to.
 
     The meter gets the share of the cache that a token reads: half of the keys, and of the tokens that any query head of
-    a KV group attends to the rest, mean over the groups.
+    a KV group attends to the rest, mean over the groups. Of tokens that see more than they may attend to it also gets
+    how many these are, as "attended".
     """
 
     attends = True
@@ -174,6 +175,14 @@ class SparkAttentionLayer(SparseLayer):
             self.multipliers[positions] = spark_attention_multipliers(self.module.attended, positions, k.device)
         return spark_attention_decode(q[:, :, 0], k, v, shown, self.multipliers[positions]).unsqueeze(2)
 
+    def attended(self, density: float, seen: range) -> float:
+        """By tokens, whose number does not grow with the context as a share would have it: as many as the heads of a
+        group were counted to attend to together where they had to choose, else as many as one head may."""
+        most, counted = self.module.attended, self.meter.counts.get(("attended", self.layer))
+        beyond = torch.cat(counted).double() if counted else torch.empty(0)
+        tokens = float(beyond.mean()) if beyond.numel() else most
+        return read_share(sum(n if n <= most else min(n, tokens) for n in seen) / max(1, sum(seen)))
+
     def count_share(self, q: Tensor, k: Tensor, visible: Tensor) -> None:
         active = self.phase.active
         if not self.meter.enabled or active is False:
@@ -182,9 +191,10 @@ class SparkAttentionLayer(SparseLayer):
         a = scores(q[..., :half], repeat_kv(k, self.module.num_key_value_groups)[..., :half])
         seen = shown.sum(-1, keepdim=True)
         keep = attended_to(a, shown, multipliers(self.module.attended, seen)).unflatten(1, (groups, -1)).any(2)
-        share = read_share((keep.sum(-1) / seen[..., 0]).mean(1))  # [B, T]
-        share = share[active] if isinstance(active, Tensor) else share.flatten()
-        self.meter.counts[self.site, self.layer].append(share.cpu())
+        tokens, seen = keep.sum(-1).float().mean(1), seen[:, 0, :, 0]  # [B, T]
+        counted = active if isinstance(active, Tensor) else torch.ones_like(tokens, dtype=torch.bool)
+        self.meter.counts[self.site, self.layer].append(read_share(tokens / seen)[counted].cpu())
+        self.meter.counts["attended", self.layer].append(tokens[counted & (seen > self.module.attended)].cpu())
 
 
 class SparkLlamaForCausalLM(LlamaForCausalLM):

@@ -49,6 +49,7 @@ def test_every_verb_explains_itself(verb: str, capsys: Capture) -> None:
         (["run", "--tasks", "mine.yaml"], "no such task file"),
         (["run", "--tasks", "none,stdlib_next_line"], "--tasks none"),
         (["run", "--limit", "0"], "--limit"),
+        (["run", "--no-latency", "--batch", "8"], "drop --no-latency or --batch"),
         (["run", "--dtype", "bf17"], "did you mean bf16"),
         (["run", "--device", "tpu"], "unknown device"),
         (["run", "--methods", ","], "--methods is empty"),

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from harness import cost
 from methods import sparsify
 from methods.registry import create, parse
-from tests.methods.models import MODELS, data, llama, windows
+from tests.methods.models import MODELS, data, gemma2, gemma3n, llama, windows
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS)
@@ -78,7 +78,7 @@ def test_densities_and_percentiles_come_from_the_meter() -> None:
         tokens, union = cost.densities(handle, shape), cost.densities(handle, shape, unions=True)
         sites = cost.site_table(handle)
         handle.meter.unions.clear()  # as where a batch was multiplied densely
-        spent, density = cost.record(handle, shape, 8, 2, stepped=True)
+        spent, density = cost.record(handle, shape, 8, 2)
     assert spent["decode"]["bytes"] == spent["decode"]["bytes_dense"] and density is not None and density["union"] == 1
     assert tokens[0, "q"] == pytest.approx(0.505) and tokens[0, "v"] == 1.0 and union[0, "q"] == 1.0
     assert sites["down"] == {
@@ -138,6 +138,50 @@ def test_prefill_grows_with_the_share_of_sparse_positions() -> None:
     dense, middle, all_sparse = (cost.prefill_cost(shape, half, 0, 100, share) for share in (0.0, 0.5, 1.0))
     assert dense.flops == dense.flops_dense
     assert dense.flops - middle.flops == middle.flops - all_sparse.flops == shape.dense * 50
+
+
+def mistral() -> Any:
+    sizes = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
+    return MistralForCausalLM(MistralConfig(**sizes, num_key_value_heads=2, sliding_window=8)).eval()  # type: ignore[arg-type]
+
+
+# By block: the window, and query width and elements of keys and values.
+WINDOWS: dict[Any, tuple[list[int | None], int, int]] = {
+    llama: ([None] * 2, 64, 2 * 2 * 16),
+    mistral: ([8] * 2, 64, 2 * 2 * 16),
+    gemma2: ([12, None], 4 * 32, 2 * 2 * 32),
+    gemma3n: ([10, None] * 2, 64, 2 * 2 * 16),  # the last two borrow
+}
+
+
+@pytest.mark.parametrize("make", WINDOWS)
+def test_attention_is_charged_for_what_a_window_lets_it_see(make: Any) -> None:
+    model = make() if make in (llama, mistral) else make(sliding_window=WINDOWS[make][0][0])
+    model.set_attn_implementation("eager")
+    layers, width, kv = WINDOWS[make]
+    with torch.no_grad():
+        weights = model(input_ids=windows(1, 40), output_attentions=True, use_cache=False).attentions
+    shape = cost.Shape.of(model)
+    full = cost.dense_layers(shape)
+    for n in (5, 12, 40):
+        # Whatever has a weight was multiplied; the heads of a layer see the same.
+        pairs = [int((w[0, 0, :n] > 0).sum()) for w in weights]
+        seen = [int((w[0, 0, n - 1] > 0).sum()) for w in weights]
+        assert seen == [min(n, window or n) for window in layers]
+        found, prompt = cost.decode_cost(shape, full, full, 0, n, 1), cost.prefill_cost(shape, full, 0, n, 0.5)
+        assert found.flops == found.flops_dense == 2 * (shape.dense + shape.head) + 4 * width * sum(seen)
+        assert found.bytes == found.bytes_dense and found.bytes_kv == 4 * kv * sum(seen)
+        assert prompt.flops == prompt.flops_dense == 2 * (shape.dense * n + shape.head) + 4 * width * sum(pairs)
+
+
+def test_heads_are_left_out_of_what_a_window_shows() -> None:
+    shape = cost.Shape.of(gemma2(sliding_window=12))
+    full = cost.dense_layers(shape)
+    half = {**full, (0, "attention"): 0.5}  # the layer with the window
+    found, prompt = cost.decode_cost(shape, half, full, 0, 40, 1), cost.prefill_cost(shape, half, 0, 40, 0.5)
+    assert found.flops_dense - found.flops == 0.5 * 4 * 128 * 12
+    assert found.bytes_dense - found.bytes == 0.5 * 4 * 128 * 12
+    assert prompt.flops_dense - prompt.flops == 0.5 * 4 * 128 * 12 * 20  # from the 21st token on
 
 
 def test_attention_follows_each_sequence_and_its_projection_the_union() -> None:

@@ -50,7 +50,9 @@ def test_the_entries_name_methods_and_options_that_exist() -> None:
     found = orderings.load()
     assert len(found) == len({entry.ordering for entry in found}) >= 8
     for entry in found:
-        assert entry.equal in ("density", "FLOPs")
+        assert entry.equal in (*orderings.DENSITIES, "FLOPs")
+        # An oracle is charged for what it then skips.
+        assert entry.equal != "FLOPs" or "oracle" not in (entry.better.get("selector"), entry.worse.get("selector"))
         for side in (entry.better, entry.worse):
             options = asdict(info(side["method"]).Options())
             for name, wanted in side.items():
@@ -125,6 +127,19 @@ def test_a_pair_is_equal_where_it_should_be_and_the_better_one_has_no_more() -> 
     near, far = cell("d2dmoe", 0.5, 0.1, 1.01, rule="top-k"), cell("d2dmoe", 0.54, 0.1, rule="top-k")
     (found,) = pairs(RULE, measured(dynamic, far, near))
     assert found.worse.target == 0.5
+
+
+def test_an_oracle_of_heads_pairs_with_the_router_that_keeps_as_many() -> None:
+    entry = next(entry for entry in orderings.load() if entry.better == {"method": "polar", "selector": "oracle"})
+
+    def polar(density: float, shift: float, flops: float = 1.0, **options: Any) -> dict[str, Any]:
+        found = cell("polar", density, shift, flops, **options)
+        found["density"]["sites"] = {"heads": {"mean": density}, "ffn": {"mean": 0.3}}
+        return found
+
+    routers = [polar(0.5, 0.2), polar(0.75, 0.1)]
+    (found,) = pairs(entry, measured(polar(0.5, 0.0, 1.5, selector="oracle"), *routers))
+    assert found.worse.target == 0.5 and found.verdict == "seen"
 
 
 def test_what_an_ordering_does_not_name_is_equal() -> None:

@@ -57,6 +57,12 @@ def test_seeds_multiply_and_processes_share_what_is_not_timed() -> None:
         cells("--seed=-1")
 
 
+def test_a_batch_is_not_charged_without_its_steps() -> None:
+    with pytest.raises(UsageError, match="drop --no-latency or --batch"):
+        cells("--methods", "teal", "--no-latency", "--batch", "1,8")
+    assert {cell.batch for cell in cells("--methods", "teal", "--no-latency", "--batch", "1")} == {1}
+
+
 def test_lists_multiply_and_baselines_come_first() -> None:
     made = cells("--methods", "teal", "--density", "0.3,0.5", "--batch", "1,8", "--mode", "decode,all")
     assert len(made) == 2 * 2 * (2 + 2)  # batches x modes x (dense, null, two densities)

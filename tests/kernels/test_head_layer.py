@@ -87,6 +87,7 @@ def test_the_oracle_sees_the_outputs_and_has_no_lists():
     kept = layer.kept(x).unflatten(-1, (GROUPS, -1))
     assert torch.equal(norm(kept).amax(-1), norm(x.unflatten(-1, (GROUPS, -1))).amax(-1))
     assert layer.lists(5) is None and not layer.fast(x)
+    assert not layer.attends and not heads(None).attends  # with every head, before any is left out
 
 
 def test_what_is_charged():

@@ -70,7 +70,7 @@ def spark_llama(**changes: object) -> PreTrainedModel:
     return SparkLlamaForCausalLM(SparkLlamaConfig(**fields)).eval().requires_grad_(False)  # type: ignore[arg-type]
 
 
-def gemma3n() -> PreTrainedModel:
+def gemma3n(sliding_window: int = 512) -> PreTrainedModel:
     """Statistical top-k in the first two of four layers; the last two take keys and values from earlier ones."""
     from transformers import Gemma3nForCausalLM, Gemma3nTextConfig
 
@@ -89,6 +89,7 @@ def gemma3n() -> PreTrainedModel:
         layer_types=["sliding_attention", "full_attention"] * 2,
         activation_sparsity_pattern=[0.95, 0.95, 0.0, 0.0],
         num_kv_shared_layers=2,
+        sliding_window=sliding_window,
         laurel_rank=8,
         altup_num_inputs=2,
         initializer_range=0.1,

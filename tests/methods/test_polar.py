@@ -262,6 +262,19 @@ def test_what_is_charged():
     assert density["sites"]["heads"]["layers"] == [1.0, 0.5, 0.5]
 
 
+def test_an_oracle_is_charged_for_the_attention_of_all_heads():
+    model, ids = llama(**SIX), windows(2)
+    shape = cost.Shape.of(model)
+    artifact = create("polar", {"selector": "oracle"}).synthesize(model, 0.5, ids)
+    with sparsify(model, artifact, "all") as handle, handle.meter.on():
+        model(input_ids=ids)
+        spent, density = cost.record(handle, shape, 100, 1)
+    found, o = spent["decode"], 2 * 0.5 * 64 * 64  # of two blocks
+    assert density["sites"]["heads"]["layers"] == [1.0, 0.5, 0.5]
+    assert found["flops_dense"] - found["flops"] == 2 * o and found["bytes_dense"] - found["bytes"] == 4 * o
+    assert spent["prefill"]["flops_dense"] - spent["prefill"]["flops"] == 2 * o * 100
+
+
 @pytest.mark.parametrize("active, whole", [(0.01, False), (0.2, True)])
 def test_a_batch_is_charged_what_its_steps_ran(active, whole):
     """All of its rows run the same neurons, and the router costs something where it is asked."""
@@ -273,13 +286,13 @@ def test_a_batch_is_charged_what_its_steps_ran(active, whole):
             with handle.sparse():
                 model(input_ids=prompt)  # as quality is evaluated: every token with neurons of its own
             decode(model, prompt, 3, handle)
-        spent, density = cost.record(handle, shape, 100, 17, True)
-        unseen = cost.record(handle, shape, 100, 17)[0]["decode"]
+        spent, density = cost.record(handle, shape, 100, 17)
+        alone = cost.record(handle, shape, 100, 1)[0]["decode"]
     heads = 4 * 64 + 4  # one block, heads x width and a bias
     neurons = 2 * (16 * 64 + 128 * 16)  # two blocks
     assert all(layer.idle(17) == whole and not layer.idle(1) for layer in ffns)
     assert spent["decode"]["flops_overhead"] == 2 * (heads + (0 if whole else neurons))
-    assert unseen["flops_overhead"] == 2 * (heads + neurons)  # of single tokens
+    assert alone["flops_overhead"] == 2 * (heads + neurons)
     share = ffns[0].selector.k_for(17) / 128
     assert (share == 1) == whole
     saved = (1 - share) * 2 * 2 * 64 * 128 * 2 + 0.5 * (2 * 64 * 64 + 4 * 64 * 100)

@@ -213,6 +213,38 @@ def test_the_meter_knows_what_attention_reads():
     assert spent["flops"] < spent["flops_dense"] and density["sites"]["attention"]["mean"] < 0.6
 
 
+def test_attention_is_charged_by_its_tokens_whatever_the_text_was():
+    """Half of every key, and of min(k, n) tokens the rest; where heads share keys, of those they chose together."""
+    from harness import cost
+
+    def charged(model, length):
+        with sparsify(model, prepare(model, "spark", None), "all") as handle, handle.meter.on():
+            model(input_ids=windows(4, length))
+            return {n: cost.record(handle, shape, n, 1)[0] for n in (4, 8, 20, 4096)}
+
+    model = spark_llama(num_key_value_heads=4, max_position_embeddings=8192)
+    shape = cost.Shape.of(model)
+    short, long = charged(model, 6), charged(model, 64)
+    d, blocks = 64, 2
+    for n, found in short.items():  # texts of fewer tokens than a query may attend to
+        spent, most = found["decode"], min(8, n)
+        assert spent["bytes_kv"] == pytest.approx(4 * blocks * (n * d // 2 + most * (d // 2 + d)), abs=1)
+        skipped = blocks * 4 * d * 0.75 * (n - most)
+        linears = [f["decode"]["flops_dense"] - f["decode"]["flops"] for f in (found, short[8])]
+        assert linears[0] - linears[1] == pytest.approx(skipped, abs=2)
+        pairs, kept = sum(range(n + 1)), sum(min(8, t) for t in range(n + 1))
+        prompt = [f["prefill"]["flops_dense"] - f["prefill"]["flops"] for f in (found, short[8])]
+        assert prompt[0] - prompt[1] * n / 8 == pytest.approx(blocks * 4 * d * 0.75 * (pairs - kept), abs=2)
+    for n, found in long.items():  # how many survive is about k
+        assert found["decode"]["bytes_kv"] == pytest.approx(short[n]["decode"]["bytes_kv"], rel=0.05)
+    assert all(found[n]["decode"]["bytes_kv"] == 4 * 2 * d * blocks * n for found in (short, long) for n in (4, 8))
+
+    grouped = spark_llama(num_key_value_heads=2, max_position_embeddings=8192)
+    shape = cost.Shape.of(grouped)
+    shared = charged(grouped, 64)[4096]["decode"]["bytes_kv"] - 4 * blocks * 4096 * d // 4
+    assert 1.2 < shared / (4 * blocks * 8 * (d // 4 + d // 2)) < 2  # of tokens that two heads chose
+
+
 def test_ffn_costs_what_its_survivors_do():
     """2 r f + 2 (d - r) k + 2 d k FLOPs a token and layer, k counted, as the paper has it."""
     from harness import cost
