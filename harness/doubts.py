@@ -9,6 +9,26 @@ from .machine import kind
 from .rows import Row
 from .store import Record
 
+MISSED = 0.01  # from here on a density is another one than the target
+LINEARS = frozenset(("q", "k", "v", "o", "up", "down"))  # of every block; with a gate in some
+
+
+def timed_density(row: Row) -> float | None:
+    """Density of the timed steps in the meaning of the target, which may be over the FFNs' units alone.
+
+    None where records do not tell: in older ones, with a batch, whose steps read a union, and where what is skipped is
+    neither the FFN alone nor all linears.
+    """
+    step, known = row.part("latency").get("step") or {}, row.part("density")
+    timed, model, sites = step.get("density"), known.get("model"), set(known.get("sites") or ())
+    if timed is None or model is None or row.is_baseline or known.get("union") is not None:
+        return None
+    if sites >= LINEARS:
+        return float(timed)
+    if sites == {"ffn"} and model < 1:  # what is always read is the same share of the model in both
+        return float(1 - (1 - timed) * (1 - row.ffn["mean"]) / (1 - model))
+    return None
+
 
 def disturbances(record: Record) -> list[str]:
     """What disturbed the GPU, as seen around every timed round and at the end; nothing where nothing was timed."""
