@@ -31,6 +31,7 @@ add a machine: [README.md](README.md). What the papers claim: [CLAIMS.md](CLAIMS
   within {BUDGETS[0]:g} % and within {BUDGETS[-1]:g} %; in brackets the places that the 95 % intervals allow.
 - **Accuracy lost** is the worse of the relative losses of bits per byte and of the task average; `?`: the upper end of
   its interval is over the budget. **Δ tasks** is paired with dense on the same items.
+- **Realised density** is that of the evaluated text; *timed*: that of the timed steps, where it is more than 0.01 away.
 - **MB/token** follows the union over a batch; **share of byte limit** is what the step had to read, over the measured
   bandwidth, over its time. **Artifact**: what a user downloads. **Extra memory**: peak for a prompt and decode steps,
   beyond the dense model's. **Predictors**: on held-out tokens, means over blocks; block by block in each folder.

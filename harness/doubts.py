@@ -30,6 +30,12 @@ def timed_density(row: Row) -> float | None:
     return None
 
 
+def misses_target(row: Row) -> bool:
+    """Whether the timed steps ran at another density than was asked for."""
+    timed = timed_density(row)
+    return timed is not None and row.target is not None and abs(timed - row.target) > MISSED
+
+
 def disturbances(record: Record) -> list[str]:
     """What disturbed the GPU, as seen around every timed round and at the end; nothing where nothing was timed."""
     if not record["cell"].get("timed", True):
@@ -55,6 +61,8 @@ def doubts_of(rows: Iterable[Row]) -> list[str]:
         doubts.append("some rows come from a tree with uncommitted changes")
     if len({r.get("source") for r in records}) > 1:
         doubts.append("not all rows come from the same source code")
+    if missed := [f"{row.label} ran at {timed_density(row):.2f}" for row in rows if misses_target(row)]:
+        doubts.append(f"timed steps missed the target density: {', '.join(dict.fromkeys(missed))}")
     doubts += sorted({note for row in rows for note in row.part("latency").get("notes") or ()})
     return list(dict.fromkeys(doubts + told_by_methods(rows)))
 

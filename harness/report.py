@@ -44,7 +44,8 @@ HOW_TO_READ = f"""\
 - **Method, options, target density.** `dense` is the model as it is. `null` skips nothing but runs the sparse path: its
   distance from dense is the framework's own cost. Density is active / all; the target is what was asked for.
 - **Realised density** is measured on the evaluation text: the share of the decoder blocks' linear weights that is used,
-  weighted by parameters, without embeddings and lm_head. p99 is over tokens.
+  weighted by parameters, without embeddings and lm_head; *timed*: that of the timed steps, where it is more than 0.01
+  away. p99 is over tokens.
 - **GFLOP/token, MB/token**: executed and read for one decoded token, routers and predictors included, at this batch
   and context; in brackets the ratio to dense. FLOPs count 2 per multiply-add; bytes are weights, predictors and KV.
 - **ms/step**: one decode step, a token for every sequence of the batch; median [10th, 90th percentile] of all samples.
