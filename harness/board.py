@@ -12,7 +12,7 @@ from typing import Any
 from methods.errors import UsageError
 
 from . import machine, store
-from .doubts import doubts_of
+from .doubts import counts, doubts_of
 from .formats import NONE, github, number
 from .plan import BASELINES
 from .rows import BUDGETS, LORA, SHARED, Group, Row, combine, group, rank
@@ -122,9 +122,10 @@ def excerpt(found: Sequence[Section], link: str) -> str:
         methods = ["null", *sorted({row.method for row in timed} - set(BASELINES))]
         body = [[table.title, *(_headline(table, name) for name in methods)] for table in tables]
         lines = machines(timed)
-        others = f", and {len(lines) - 1} like it" if len(lines) > 1 else ""
+        newest = f", the newest of {len(lines)} of this kind" if len(lines) > 1 else ""
         parts += [f"**{place}: speed-up over the fastest dense runner**", github(["model, mode", *methods], body)]
-        parts.append(f"Machine{others}: {lines[-1]}")
+        parts.append(f"Machine{newest}: {lines[-1]}")
+        parts += [f"**Caution:** {told}."] if (told := counts(timed)) else []
     return "\n\n".join([*parts, f"All cells, with intervals: [LEADERBOARD.md]({link}/LEADERBOARD.md)."])
 
 

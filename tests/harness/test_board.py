@@ -137,6 +137,24 @@ def test_readme_holds_a_headline_per_method_and_gpu(tmp_path: Path) -> None:
     assert report.check(tmp_path / "results", readme) == 1
 
 
+def test_headlines_count_what_casts_doubt_and_name_the_newest_machine() -> None:
+    def excerpt(*records: dict[str, Any]) -> str:
+        return board.excerpt(board.sections({"one": rows.group(records)}), "results")
+
+    quiet = record("teal", 0.8)
+    assert "**Caution:**" not in excerpt(record(), quiet) and "newest" not in excerpt(record(), quiet)
+    hot = on("Test GPU", record("teal", 0.7, batch=8), torch="2.1")
+    hot["machine"]["gpu"] |= {"throttle": ["power cap"], "processes": 1}
+    dirty = record("lte", 0.7, batch=16, git={"commit": "1" * 40, "dirty": True})
+    dirty["latency"]["watch"] = {"throttle": ["power cap"], "processes": 0}
+    text = excerpt(record(), quiet, hot, dirty)
+    assert "Machine, the newest of 2 of this kind: " in text
+    assert (
+        "**Caution:** of 3 timed cells: the GPU throttled its clocks (2), other processes used the GPU (1), "
+        "from a tree with uncommitted changes (1)." in text
+    )
+
+
 def test_records_of_a_method_that_is_not_installed_are_shown() -> None:
     assert board.statement("gone") == "not installed here" and board.level("gone") == NONE
     assert board.statement("teal") != "not installed here"
