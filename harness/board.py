@@ -109,7 +109,8 @@ def excerpt(found: Sequence[Section], link: str) -> str:
     """One table per kind of GPU, for a README: every method's speed-up on every model and in every decode setting.
 
     Of a method stands its fastest cell within the widest budget; where none is, the one that loses least, and with
-    random weights the one nearest to half density. `link` leads from there to the folder of the sets.
+    random weights the one whose step reads nearest to half of the dense bytes: equal targets are no fair match.
+    `link` leads from there to the folder of the sets.
     """
     places: dict[str, list[Group]] = {}
     for section in found:
@@ -123,7 +124,10 @@ def excerpt(found: Sequence[Section], link: str) -> str:
         body = [[table.title, *(_headline(table, name) for name in methods)] for table in tables]
         lines = machines(timed)
         newest = f", the newest of {len(lines)} of this kind" if len(lines) > 1 else ""
-        parts += [f"**{place}: speed-up over the fastest dense runner**", github(["model, mode", *methods], body)]
+        title = (
+            "speed-up over the fastest dense runner, at a target density, and the share of the dense bytes that is read"
+        )
+        parts += [f"**{place}: {title}**", github(["model, mode", *methods], body)]
         parts.append(f"Machine{newest}: {lines[-1]}")
         parts += [f"**Caution:** {told}."] if (told := counts(timed)) else []
     return "\n\n".join([*parts, f"All cells, with intervals: [LEADERBOARD.md]({link}/LEADERBOARD.md)."])
@@ -136,14 +140,15 @@ def _headline(table: Group, method: str) -> str:
     row = min(cells, key=_preference)
     assert row.speedup is not None
     what = "" if row.is_baseline else f" at {row.target:g}" if row.target is not None else ""
+    share = "" if row.is_baseline or row.bytes_share is None else f", {100 * row.bytes_share:.0f} % read"
     lost = f", {row.loss[0]:.1f} % lost" if row.loss and not row.is_baseline else ""
-    return f"{row.speedup.estimate:.2f}{what} ({row.part('latency').get('verdict')}{lost})"
+    return f"{row.speedup.estimate:.2f}{what} ({row.part('latency').get('verdict')}{share}{lost})"
 
 
 def _preference(row: Row) -> tuple[float, ...]:
     speed = -row.speedup.estimate if row.speedup else 0.0
     if row.loss is None:
-        return abs((row.target or 1) - 0.5), speed
+        return abs((row.bytes_share or 1) - 0.5), speed
     within = row.loss[0] <= BUDGETS[-1]
     return not within, speed if within else row.loss[0]
 

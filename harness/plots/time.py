@@ -65,7 +65,7 @@ def over_bytes(parts: list[Setting]) -> Any:
     for axis, part in zip(axes.flat, parts, strict=False):
         crowded = len({variant(row) for row in part.rows}) > CROWDED
         rows = [row for row in part.rows if not (crowded and row.options)]
-        points = [(share, y, row) for row in rows if (share := _bytes(row)) and (y := share_of_dense(row))]
+        points = [(share, y, row) for row in rows if (share := row.bytes_share) and (y := share_of_dense(row))]
         axis.axline((0, 0), (1, 1), color=FRONT, linewidth=1.5, label="as the bytes")
         axis.axhline(1, color="black", linewidth=0.6, linestyle=":", zorder=0)
         for name in dict.fromkeys(variant(row) for *_, row in points):
@@ -89,11 +89,6 @@ def over_bytes(parts: list[Setting]) -> Any:
         titled(axis, 48, part.title, part.where)
         legend(axis, [axis])
     return figure
-
-
-def _bytes(row: Row) -> float | None:
-    read, dense = row.decode.get("bytes"), row.decode.get("bytes_dense")
-    return read / dense if read and dense else None
 
 
 def traced(groups: Sequence[Group]) -> list[Setting]:
