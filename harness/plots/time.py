@@ -11,7 +11,7 @@ from typing import Any
 
 from ..grids import Grid
 from ..machine import kind
-from ..rows import Group, Row, order
+from ..rows import LORA, Group, Row, order
 from .style import COLOURS, CROWDED, FRONT, MARKERS, NULL, first_word, legend, plain, styles, titled, variant
 
 
@@ -83,7 +83,7 @@ def over_bytes(parts: list[Setting]) -> Any:
                 axis.plot(xs, ys, "x", color=NULL, markersize=8, label=name)
         axis.set_xlim(0, 1.1)
         axis.set_ylim(0, 1.12 * max(y for _, y, _ in points))
-        axis.set_xlabel("bytes read per token ÷ dense")
+        axis.set_xlabel("bytes read per step ÷ dense")
         axis.set_ylabel("decode step ÷ fastest dense")
         plain(axis)
         titled(axis, 48, part.title, part.where)
@@ -135,7 +135,7 @@ def over_batch(found: list[Grid]) -> Any:
         own = {}
         for name in sorted(grid.speedups):
             method = first_word(name)
-            own[name] = colours[method][0] if method in colours else NULL, next(of_method[method])
+            own[name] = colours[method][0] if method in colours else NULL, next(of_method[method.removesuffix(LORA)])
         for axis, context in zip(line, grid.contexts, strict=False):
             for name, speedups in grid.speedups.items():
                 points = [(batch, s[0]) for batch in grid.batches if (s := speedups.get((batch, context)))]

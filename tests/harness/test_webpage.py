@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from harness import board, report, webpage
+from harness.plots import style
 from tests.harness.browser import Browser, find
 from tests.harness.fabricated import GPU, record, synthetic, write
 
@@ -76,6 +77,7 @@ def test_page_holds_every_row_with_the_numbers_of_the_leaderboard(folder: Path) 
     assert teal["ranks"][0] == {"place": 1, "text": "1"} and teal["time"] == {"linears": 1.0, "idle": 0.2}
     random_weights = [r for r in data["rows"] if "synthetic" in r["model"]]
     assert all(r["loss"] is None and r["perplexity"] is None for r in random_weights)
+    assert data["methods"] == style.registered()  # whose places are their colours, also of those without a row
     assert len(data["claims"]) >= 13 and all(data["machines"][r["machine"]] for r in data["rows"])
 
 
