@@ -12,6 +12,7 @@ from typing import Any
 from methods.errors import UsageError
 
 from . import machine, store
+from .claims import twin_note
 from .doubts import counts, doubts_of
 from .formats import NONE, github, number
 from .plan import BASELINES
@@ -99,7 +100,7 @@ def page(found: Sequence[Section]) -> str:
     """The leaderboard of these sections as Markdown, the same text for the same records."""
     parts = ["# Leaderboard", HOW_TO_READ]
     for section in found:
-        parts += [f"## {section.title}", *_section(section)]
+        parts += [f"## {section.title}", *_section(section, found)]
     methods = sorted({row.method for section in found for table in section.groups for row in table.rows})
     parts += ["## Fidelity of the methods", "\n".join(f"- `{name}`: {statement(name)}" for name in methods)]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
@@ -205,9 +206,12 @@ def level(method: str) -> str:
     return "adapted" if "adapted" in text else NONE if text == "not installed here" else "paper"
 
 
-def _section(section: Section) -> list[str]:
+def _section(section: Section, found: Sequence[Section]) -> list[str]:
     rows = [row for table in section.groups for row in table.rows]
     parts = ["\n".join(f"- {line}" for line in machines(rows))]
+    everywhere = [table for other in found for table in other.groups]
+    notes = [note for table in section.groups if (note := twin_note(table, everywhere))]
+    parts += dict.fromkeys(notes)
     if section.groups[0].synthetic:
         together = Group(section.groups[0].machine, section.groups[0].setting, rows, [])
         parts.append(markdown([*_setting_columns(), *columns(together)], rows))

@@ -14,6 +14,7 @@ from typing import Any
 from . import stats, store
 from .doubts import MISSED, timed_density
 from .formats import NONE, github
+from .machine import kind
 from .rows import SETTING, Group, Row, combine
 
 PAGE = "CLAIMS.md"
@@ -147,6 +148,23 @@ def judge(claim: Claim, sets: Mapping[str, Iterable[Group]]) -> Finding:
     return Finding(claim, "not measured", remarks=(claim.needs or nothing,))
 
 
+def twin_note(table: Group, groups: Iterable[Group]) -> str | None:
+    """Of a model that selects by itself, how far it is from its dense twin, which no row of its table shows; None for
+    other models. The twin's cells are looked for in `groups`."""
+    pairs = {model: claim.twin for claim in load() if claim.twin for model in (*claim.models, *claim.similar)}
+    twin = pairs.get(model := table.setting["model"])
+    if twin is None:
+        return None
+    alike = table.setting | {"model": twin}
+    beside = [other for other in groups if other.setting == alike and kind(other.machine) == kind(table.machine)]
+    own, dense = (_bits_per_byte(rows) for rows in (table.rows, [row for other in beside for row in other.rows]))
+    apart = f": bits per byte {own:.3f} against its {dense:.3f}" if own and dense else ", not measured in this setting"
+    return (
+        f"*dense* is {model} itself, computed whole, so a cell that skips what it would not use looks lossless. "
+        f"The dense twin, {twin}, is another model, trained alike{apart}."
+    )
+
+
 def page(claims: Sequence[Claim], sets: Mapping[str, Iterable[Group]]) -> str:
     """The ledger as Markdown, the same text for the same records."""
     findings = [judge(claim, sets) for claim in claims]
@@ -200,6 +218,11 @@ def described(row: Row) -> str:
     cell = row.record["cell"]
     parts = [row.label, row.options, f"{cell['model']} ({cell['weights']} weights)", cell["mode"]]
     return ", ".join([*filter(None, parts), f"batch {cell['batch']}", f"context {cell['context']}"])
+
+
+def _bits_per_byte(rows: Iterable[Row]) -> float | None:
+    """Of the dense cell."""
+    return next((row.part("fidelity").get("bits_per_byte") for row in rows if row.method == "dense"), None)
 
 
 def _beside(twin: str, accepted: Iterable[Row], rows: Iterable[Row]) -> list[Row]:

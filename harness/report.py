@@ -175,7 +175,7 @@ def page(groups: Sequence[Group]) -> str:
     for grid in grids(groups):
         parts += [f"## Speed-up by batch and context: {grid.title}", grid_table(grid)]
     for found in groups:
-        parts += _section(found) if found.rows else []
+        parts += _section(found, groups) if found.rows else []
     parts += orderings.sections(groups)
     parts += _left_out(groups)
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
@@ -267,8 +267,9 @@ def _grouped(out: str | Path, state: object) -> list[Group]:
     return group(records)
 
 
-def _section(found: Group) -> list[str]:
+def _section(found: Group, groups: Sequence[Group]) -> list[str]:
     parts = [f"## {found.title}", f"{found.details}.", _machine(found)]
+    parts += [note] if (note := claims.twin_note(found, groups)) else []
     parts += ["### Cost", markdown(cost_columns(found), found.rows)]
     if baselines := dense_baselines(found):
         parts.append(f"Dense in the same run, ms/step: {baselines}.")

@@ -114,6 +114,18 @@ def test_quality_can_be_that_of_a_twin() -> None:
     assert judge(claim(**{**vars(wanted), "twin": "absent"}), *cells).remarks[-1] == "quality not measured"
 
 
+def test_a_model_that_selects_by_itself_is_told_apart_from_its_twin() -> None:
+    cells = [record(model=model, key=model) for model in ("twins/dense", "twins/spark")]
+    cells[0]["fidelity"]["bits_per_byte"], cells[1]["fidelity"]["bits_per_byte"] = 0.852, 0.884
+    said = "The dense twin, twins/dense, is another model, trained alike: bits per byte 0.884 against its 0.852."
+    groups = rows.group([*cells, record(model="twins/spark", batch=8, key="wide")])
+    text = report.page(groups)
+    assert text.split("## twins/spark")[1].count(said) == 1 and said not in text.split("## twins/spark")[0]
+    assert "trained alike, not measured in this setting." in text.split("batch 8")[1]
+    merged = board.page(board.sections({"one": groups}))
+    assert merged.count(said) == 1 and said in merged.split("## twins/spark")[1]
+
+
 def test_a_named_baseline_is_compared_from_its_samples() -> None:
     cell = record("teal", 0.8)
     cell["latency"] |= {"runner": "sparse", "samples": {"dense eager": [[6.0] * 9] * 3, "sparse": [[2.0] * 9] * 3}}
