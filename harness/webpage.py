@@ -72,6 +72,7 @@ def _row(row: Row, table: Group) -> dict[str, Any]:
         "sites": {name: _site(site) for name, site in sites.items() if site.get("layers")},
         "mb": _scaled(row.decode.get("bytes"), 1e6),
         "mbDense": _scaled(row.decode.get("bytes_dense"), 1e6),
+        "read": row.bytes_share,
         "gflop": _scaled(row.decode.get("flops"), 1e9),
         "gflopDense": _scaled(row.decode.get("flops_dense"), 1e9),
         "ms": latency.get("median"),

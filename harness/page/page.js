@@ -267,12 +267,12 @@ function drawPareto(all) {
   };
   panel("Accuracy lost against bytes", "MB read per decoded token", (row) => row.mb);
   if (timed) panel("Accuracy lost against latency", step, share);
-  const cells = found.filter((row) => row.mb !== null && row.mbDense && share(row) !== null);
+  const cells = found.filter((row) => row.read && share(row) !== null);
   if (timed && cells.length) {
-    const point = (row) => ({ x: row.mb / row.mbDense, y: share(row), label: target(row), title: told(row) });
+    const point = (row) => ({ x: row.read, y: share(row), label: target(row), title: told(row) });
     chart(place, {
       title: "Latency against bytes", series: series(cells, point), unity: true, diagonal: true,
-      x: { kind: "linear", label: "bytes read per token ÷ dense", zero: true }, y: { kind: "linear", label: step, zero: true },
+      x: { kind: "linear", label: "bytes read per step ÷ dense", zero: true }, y: { kind: "linear", label: step, zero: true },
     });
   }
   if (!place.children.length) empty(place, "Nothing to draw for this choice.");
