@@ -12,7 +12,8 @@ from typing import Any
 from methods.errors import UsageError
 
 from . import machine, store
-from .doubts import doubts_of
+from .claims import twin_note
+from .doubts import counts, doubts_of
 from .formats import NONE, github, number
 from .plan import BASELINES
 from .rows import BUDGETS, LORA, SHARED, Group, Row, combine, group, rank
@@ -31,6 +32,7 @@ add a machine: [README.md](README.md). What the papers claim: [CLAIMS.md](CLAIMS
   within {BUDGETS[0]:g} % and within {BUDGETS[-1]:g} %; in brackets the places that the 95 % intervals allow.
 - **Accuracy lost** is the worse of the relative losses of bits per byte and of the task average; `?`: the upper end of
   its interval is over the budget. **Δ tasks** is paired with dense on the same items.
+- **Realised density** is that of the evaluated text; *timed*: that of the timed steps, where it is more than 0.01 away.
 - **MB/token** follows the union over a batch; **share of byte limit** is what the step had to read, over the measured
   bandwidth, over its time. **Artifact**: what a user downloads. **Extra memory**: peak for a prompt and decode steps,
   beyond the dense model's. **Predictors**: on held-out tokens, means over blocks; block by block in each folder.
@@ -98,7 +100,7 @@ def page(found: Sequence[Section]) -> str:
     """The leaderboard of these sections as Markdown, the same text for the same records."""
     parts = ["# Leaderboard", HOW_TO_READ]
     for section in found:
-        parts += [f"## {section.title}", *_section(section)]
+        parts += [f"## {section.title}", *_section(section, found)]
     methods = sorted({row.method for section in found for table in section.groups for row in table.rows})
     parts += ["## Fidelity of the methods", "\n".join(f"- `{name}`: {statement(name)}" for name in methods)]
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
@@ -108,7 +110,8 @@ def excerpt(found: Sequence[Section], link: str) -> str:
     """One table per kind of GPU, for a README: every method's speed-up on every model and in every decode setting.
 
     Of a method stands its fastest cell within the widest budget; where none is, the one that loses least, and with
-    random weights the one nearest to half density. `link` leads from there to the folder of the sets.
+    random weights the one whose step reads nearest to half of the dense bytes: equal targets are no fair match.
+    `link` leads from there to the folder of the sets.
     """
     places: dict[str, list[Group]] = {}
     for section in found:
@@ -121,9 +124,13 @@ def excerpt(found: Sequence[Section], link: str) -> str:
         methods = ["null", *sorted({row.method for row in timed} - set(BASELINES))]
         body = [[table.title, *(_headline(table, name) for name in methods)] for table in tables]
         lines = machines(timed)
-        others = f", and {len(lines) - 1} like it" if len(lines) > 1 else ""
-        parts += [f"**{place}: speed-up over the fastest dense runner**", github(["model, mode", *methods], body)]
-        parts.append(f"Machine{others}: {lines[-1]}")
+        newest = f", the newest of {len(lines)} of this kind" if len(lines) > 1 else ""
+        title = (
+            "speed-up over the fastest dense runner, at a target density, and the share of the dense bytes that is read"
+        )
+        parts += [f"**{place}: {title}**", github(["model, mode", *methods], body)]
+        parts.append(f"Machine{newest}: {lines[-1]}")
+        parts += [f"**Caution:** {told}."] if (told := counts(timed)) else []
     return "\n\n".join([*parts, f"All cells, with intervals: [LEADERBOARD.md]({link}/LEADERBOARD.md)."])
 
 
@@ -134,14 +141,15 @@ def _headline(table: Group, method: str) -> str:
     row = min(cells, key=_preference)
     assert row.speedup is not None
     what = "" if row.is_baseline else f" at {row.target:g}" if row.target is not None else ""
+    share = "" if row.is_baseline or row.bytes_share is None else f", {100 * row.bytes_share:.0f} % read"
     lost = f", {row.loss[0]:.1f} % lost" if row.loss and not row.is_baseline else ""
-    return f"{row.speedup.estimate:.2f}{what} ({row.part('latency').get('verdict')}{lost})"
+    return f"{row.speedup.estimate:.2f}{what} ({row.part('latency').get('verdict')}{share}{lost})"
 
 
 def _preference(row: Row) -> tuple[float, ...]:
     speed = -row.speedup.estimate if row.speedup else 0.0
     if row.loss is None:
-        return abs((row.target or 1) - 0.5), speed
+        return abs((row.bytes_share or 1) - 0.5), speed
     within = row.loss[0] <= BUDGETS[-1]
     return not within, speed if within else row.loss[0]
 
@@ -198,9 +206,12 @@ def level(method: str) -> str:
     return "adapted" if "adapted" in text else NONE if text == "not installed here" else "paper"
 
 
-def _section(section: Section) -> list[str]:
+def _section(section: Section, found: Sequence[Section]) -> list[str]:
     rows = [row for table in section.groups for row in table.rows]
     parts = ["\n".join(f"- {line}" for line in machines(rows))]
+    everywhere = [table for other in found for table in other.groups]
+    notes = [note for table in section.groups if (note := twin_note(table, everywhere))]
+    parts += dict.fromkeys(notes)
     if section.groups[0].synthetic:
         together = Group(section.groups[0].machine, section.groups[0].setting, rows, [])
         parts.append(markdown([*_setting_columns(), *columns(together)], rows))

@@ -5,18 +5,22 @@ from __future__ import annotations
 import tomllib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from . import stats, store
+from .doubts import MISSED, timed_density
 from .formats import NONE, github
+from .machine import kind
 from .rows import SETTING, Group, Row, combine
 
 PAGE = "CLAIMS.md"
 DATA = Path(__file__).with_name("claims.toml")
-VERDICTS = ("reproduced", "partly", "not reproduced", "not measured")
+SHORT = "fell short on another model"
+VERDICTS = ("reproduced", "partly", "not reproduced", SHORT, "not measured")
 HALF = 0.5  # of a claimed gain, from which on it is partly reproduced
 
 HOW_TO_READ = """\
@@ -25,15 +29,16 @@ not edit.
 
 - **Measured here** is the cell that supports a claim most: of the claim's method, its models or similar ones, and the
   stated density, batch and context. Speed-ups, with their 95 % interval, are over the fastest dense runner of the same
-  run; where the paper names its baseline, over that one, with the fastest beside it. FLOPs are dense ÷ executed, of a
-  decoded token, lm_head and attention scores included. FLOPs and quality need weights that have an accuracy.
+  run; where the paper names its baseline, over that one, with the fastest beside it, and what that reaches alone. A
+  cell's density is that of its timed steps, where records say it. FLOPs are dense ÷ executed, of a decoded token,
+  lm_head and attention scores included. FLOPs and quality need weights that have an accuracy.
 - **reproduced**: the claimed number is reached on one of the paper's models, and the quality that the claim states was
   measured and holds. GPUs differ from the papers' in most rows; what differs is always said.
 - **partly**: reached on another model or with random weights, whose quality is unknown; or at least half of the claimed
-  gain is reached.
+  gain is reached. A speed-up counts only if its interval over the fastest dense runner is above 1, whatever it is over.
 - **not reproduced**: measured on one of the paper's models, and less than that.
-- **not measured**: no record here can support or refute it; the reason is given. Where another model falls short, its
-  cell is shown.
+- **fell short on another model**: the same on another model alone, which refutes nothing, but supports nothing either.
+- **not measured**: no record here is within the claim's setting; the reason is given.
 """
 
 
@@ -55,6 +60,7 @@ class Claim:
     ffn_density: Sequence[float] | None = None
     batch: Sequence[float] | None = None
     context: Sequence[float] | None = None
+    at: Mapping[str, Sequence[float]] = field(default_factory=dict)
     loss: float | None = None
     twin: str | None = None
     baseline: str | None = None
@@ -71,22 +77,26 @@ class Claim:
             return stats.Interval(dense / executed, dense / executed, dense / executed) if executed and dense else None
         return stats.Interval(100 - row.loss[0], 100 - row.loss[1], 100 - row.loss[0]) if row.loss else None
 
-    def accepts(self, row: Row) -> bool:
+    def accepts(self, row: Row, timed: bool = True) -> bool:
         """Whether a cell is within the claim's setting, or near enough to it to say something about the claim.
 
         A control is no cell of its method.
         """
-        cell = row.record["cell"]
-        ffn = ((row.part("density").get("sites") or {}).get("ffn") or {}).get("mean")
-        ranges = (
-            (self.density, cell["density"]),
-            (self.ffn_density, ffn),
-            (self.batch, cell["batch"]),
-            (self.context, cell["context"]),
-        )
+        place = self.place(row, timed) | {"ffn_density": row.ffn.get("mean")}
+        ranges = ((getattr(self, name), x) for name, x in place.items())
         within = all(span is None or (x is not None and span[0] <= x <= span[1]) for span, x in ranges)
-        known = cell["model"] in (*self.models, *self.similar)
+        known = row.record["cell"]["model"] in (*self.models, *self.similar)
         return row.method == self.method and not row.control and known and within
+
+    def place(self, row: Row, timed: bool = True) -> dict[str, Any]:
+        """Where a cell is. What it gains in time it gains at the density of its timed steps, where that is known."""
+        cell = row.record["cell"]
+        density = timed_density(row) if timed and self.quantity == "speed-up" else None
+        return {
+            "density": row.target if density is None else density,
+            "batch": cell["batch"],
+            "context": cell["context"],
+        }
 
     def keeps_quality(self, row: Row) -> bool | None:
         """Whether the loss is within what the claim allows; True where it allows any, None where it is unknown."""
@@ -132,7 +142,27 @@ def judge(claim: Claim, sets: Mapping[str, Iterable[Group]]) -> Finding:
         return max(measured, key=_support)
     of_method = any(row.method == claim.method for row in rows)
     nothing = "no record of such a cell" if of_method else f"no record of {claim.method}"
+    drifted = [row for row in rows if claim.accepts(row, timed=False) and not claim.accepts(row)]
+    if labels := [f"{row.label} at {timed_density(row):.2f}" for row in drifted]:
+        nothing += f": timed steps ran at another density than the target ({', '.join(dict.fromkeys(labels))})"
     return Finding(claim, "not measured", remarks=(claim.needs or nothing,))
+
+
+def twin_note(table: Group, groups: Iterable[Group]) -> str | None:
+    """Of a model that selects by itself, how far it is from its dense twin, which no row of its table shows; None for
+    other models. The twin's cells are looked for in `groups`."""
+    pairs = {model: claim.twin for claim in load() if claim.twin for model in (*claim.models, *claim.similar)}
+    twin = pairs.get(model := table.setting["model"])
+    if twin is None:
+        return None
+    alike = table.setting | {"model": twin}
+    beside = [other for other in groups if other.setting == alike and kind(other.machine) == kind(table.machine)]
+    own, dense = (_bits_per_byte(rows) for rows in (table.rows, [row for other in beside for row in other.rows]))
+    apart = f": bits per byte {own:.3f} against its {dense:.3f}" if own and dense else ", not measured in this setting"
+    return (
+        f"*dense* is {model} itself, computed whole, so a cell that skips what it would not use looks lossless. "
+        f"The dense twin, {twin}, is another model, trained alike{apart}."
+    )
 
 
 def page(claims: Sequence[Claim], sets: Mapping[str, Iterable[Group]]) -> str:
@@ -174,7 +204,10 @@ def measured(found: Finding) -> str:
     if claim.quantity == "speed-up":
         text += f" [{value.low:.2f}, {value.high:.2f}]"
         if claim.baseline and found.row.speedup:
-            text += f" over {claim.baseline} at its best, {found.row.speedup.estimate:.2f}x over the fastest dense"
+            own = found.row.speedup.estimate
+            weak = found.row.part("latency").get("baseline") != claim.baseline
+            alone = f" (the fastest dense alone: {value.estimate / own:.2f}x)" if weak else ""
+            text += f" over {claim.baseline} at its best{alone}, {own:.2f}x over the fastest dense"
     if claim.loss is not None and found.row.loss:
         text += f", {found.row.loss[0]:.1f} % lost"
     return text
@@ -185,6 +218,11 @@ def described(row: Row) -> str:
     cell = row.record["cell"]
     parts = [row.label, row.options, f"{cell['model']} ({cell['weights']} weights)", cell["mode"]]
     return ", ".join([*filter(None, parts), f"batch {cell['batch']}", f"context {cell['context']}"])
+
+
+def _bits_per_byte(rows: Iterable[Row]) -> float | None:
+    """Of the dense cell."""
+    return next((row.part("fidelity").get("bits_per_byte") for row in rows if row.method == "dense"), None)
 
 
 def _beside(twin: str, accepted: Iterable[Row], rows: Iterable[Row]) -> list[Row]:
@@ -209,11 +247,16 @@ def _beside(twin: str, accepted: Iterable[Row], rows: Iterable[Row]) -> list[Row
 
 
 def _verdict(claim: Claim, row: Row, value: stats.Interval) -> str:
-    quality, gain = claim.keeps_quality(row), claim.gain(value.estimate)
-    own = row.record["cell"]["model"] in claim.models
-    if quality is False or gain < HALF:  # what another model does not reach refutes nothing
-        return "not reproduced" if own else "not measured"
-    return "reproduced" if gain >= 1 and own and quality else "partly"
+    quality, gain, cell = claim.keeps_quality(row), claim.gain(value.estimate), row.record["cell"]
+    own = cell["model"] in claim.models
+    if quality is False or gain < HALF or (claim.quantity == "speed-up" and not _gains(row)):
+        return "not reproduced" if own else SHORT  # what another model does not reach refutes nothing
+    return "reproduced" if gain >= 1 and own and quality and cell["weights"] != "synthetic" else "partly"
+
+
+def _gains(row: Row) -> bool:
+    """Whether skipping gains time at all. Over a weak baseline a dense runner can gain as much without it."""
+    return row.speedup is not None and row.speedup.low > 1
 
 
 def _remarks(claim: Claim, row: Row) -> Iterable[str]:
@@ -222,13 +265,27 @@ def _remarks(claim: Claim, row: Row) -> Iterable[str]:
         yield f"another model ({cell['model']})"
     if claim.gpu and gpu and not any(name in gpu["name"] for name in claim.gpu):
         yield "another GPU"
+    for name, x in claim.place(row).items():
+        low, high = claim.at.get(name, (-inf, inf))
+        if x is not None and not low - MISSED <= x <= high + MISSED:
+            yield f"{name} {round(x, 2):g} (paper: {_span(low, high)})"
+    if claim.quantity == "speed-up" and not _gains(row):
+        yield "no faster than the fastest dense"
     if claim.twin:
         yield f"quality against dense {claim.twin}"
     quality = claim.keeps_quality(row)
-    if quality is None:
-        yield "random weights: quality unknown" if cell["weights"] == "synthetic" else "quality not measured"
+    if cell["weights"] == "synthetic":
+        yield "random weights: quality unknown"
+    elif quality is None:
+        yield "quality not measured"
     if quality is False:
         yield f"more than {claim.loss:g} % lost"
+
+
+def _span(low: float, high: float) -> str:
+    if low == high:
+        return f"{low:g}"
+    return f"{low:g} and above" if high == inf else f"{low:g} to {high:g}"
 
 
 def _support(found: Finding) -> tuple[Any, ...]:

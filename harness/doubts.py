@@ -3,11 +3,39 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 
 from .machine import kind
 from .rows import Row
 from .store import Record
+
+DIRTY = "from a tree with uncommitted changes"
+MISSED = 0.01  # from here on a density is another one than the target
+LINEARS = frozenset(("q", "k", "v", "o", "up", "down"))  # of every block; with a gate in some
+
+
+def timed_density(row: Row) -> float | None:
+    """Density of the timed steps in the meaning of the target, which may be over the FFNs' units alone.
+
+    None where records do not tell: in older ones, with a batch, whose steps read a union, and where what is skipped is
+    neither the FFN alone nor all linears.
+    """
+    step, known = row.part("latency").get("step") or {}, row.part("density")
+    timed, model, sites = step.get("density"), known.get("model"), set(known.get("sites") or ())
+    if timed is None or model is None or row.is_baseline or known.get("union") is not None:
+        return None
+    if sites >= LINEARS:
+        return float(timed)
+    if sites == {"ffn"} and model < 1:  # what is always read is the same share of the model in both
+        return float(1 - (1 - timed) * (1 - row.ffn["mean"]) / (1 - model))
+    return None
+
+
+def misses_target(row: Row) -> bool:
+    """Whether the timed steps ran at another density than was asked for."""
+    timed = timed_density(row)
+    return timed is not None and row.target is not None and abs(timed - row.target) > MISSED
 
 
 def disturbances(record: Record) -> list[str]:
@@ -23,6 +51,21 @@ def disturbances(record: Record) -> list[str]:
     return found
 
 
+def counts(rows: Iterable[Row]) -> str:
+    """How many timed cells something casts doubt on, for a place without room for which; empty where nothing does."""
+    rows = [one for row in rows for one in row.repeats or [row] if one.record["cell"].get("timed", True)]
+    found = Counter(text for row in rows for text in disturbances(row.record))
+    found[DIRTY] = sum(is_dirty(row.record) for row in rows)
+    found["timed steps missed the target density"] = sum(map(misses_target, rows))
+    told = [f"{text} ({n})" for text, n in found.items() if n]
+    return f"of {len(rows)} timed cells: {', '.join(told)}" if told else ""
+
+
+def is_dirty(record: Record) -> bool:
+    git = record.get("git") or {}
+    return bool(git.get("dirty") and git.get("commit"))
+
+
 def doubts_of(rows: Iterable[Row]) -> list[str]:
     """What casts doubt on the numbers of rows that stand together."""
     rows = [one for row in rows for one in row.repeats or [row]]
@@ -31,10 +74,12 @@ def doubts_of(rows: Iterable[Row]) -> list[str]:
     timed = {r["machine"].get("identity") for r in records if r["cell"].get("timed", True)}
     if len(timed) > 1 or len({kind(r["machine"]) for r in records}) > 1:
         doubts.append("not all rows come from the same machine or the same versions")
-    if any((r.get("git") or {}).get("dirty") and r["git"].get("commit") for r in records):
-        doubts.append("some rows come from a tree with uncommitted changes")
+    if any(map(is_dirty, records)):
+        doubts.append(f"some rows come {DIRTY}")
     if len({r.get("source") for r in records}) > 1:
         doubts.append("not all rows come from the same source code")
+    if missed := [f"{row.label} ran at {timed_density(row):.2f}" for row in rows if misses_target(row)]:
+        doubts.append(f"timed steps missed the target density: {', '.join(dict.fromkeys(missed))}")
     doubts += sorted({note for row in rows for note in row.part("latency").get("notes") or ()})
     return list(dict.fromkeys(doubts + told_by_methods(rows)))
 

@@ -44,7 +44,8 @@ HOW_TO_READ = f"""\
 - **Method, options, target density.** `dense` is the model as it is. `null` skips nothing but runs the sparse path: its
   distance from dense is the framework's own cost. Density is active / all; the target is what was asked for.
 - **Realised density** is measured on the evaluation text: the share of the decoder blocks' linear weights that is used,
-  weighted by parameters, without embeddings and lm_head. p99 is over tokens.
+  weighted by parameters, without embeddings and lm_head; *timed*: that of the timed steps, where it is more than 0.01
+  away. p99 is over tokens.
 - **GFLOP/token, MB/token**: executed and read for one decoded token, routers and predictors included, at this batch
   and context; in brackets the ratio to dense. FLOPs count 2 per multiply-add; bytes are weights, predictors and KV.
 - **ms/step**: one decode step, a token for every sequence of the batch; median [10th, 90th percentile] of all samples.
@@ -174,7 +175,7 @@ def page(groups: Sequence[Group]) -> str:
     for grid in grids(groups):
         parts += [f"## Speed-up by batch and context: {grid.title}", grid_table(grid)]
     for found in groups:
-        parts += _section(found) if found.rows else []
+        parts += _section(found, groups) if found.rows else []
     parts += orderings.sections(groups)
     parts += _left_out(groups)
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
@@ -266,8 +267,9 @@ def _grouped(out: str | Path, state: object) -> list[Group]:
     return group(records)
 
 
-def _section(found: Group) -> list[str]:
+def _section(found: Group, groups: Sequence[Group]) -> list[str]:
     parts = [f"## {found.title}", f"{found.details}.", _machine(found)]
+    parts += [note] if (note := claims.twin_note(found, groups)) else []
     parts += ["### Cost", markdown(cost_columns(found), found.rows)]
     if baselines := dense_baselines(found):
         parts.append(f"Dense in the same run, ms/step: {baselines}.")

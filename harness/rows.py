@@ -148,6 +148,12 @@ class Row:
         return (self.part("density").get("sites") or {}).get(name) or {}
 
     @property
+    def bytes_share(self) -> float | None:
+        """Bytes that a step reads over dense's: of the timed steps where records have them."""
+        read = self.part("latency").get("step") or self.decode
+        return read["bytes"] / read["bytes_dense"] if read.get("bytes_dense") else None
+
+    @property
     def p99(self) -> float | None:
         """Of the density over tokens, at the site where it is largest."""
         sites = (self.part("density").get("sites") or {}).values()

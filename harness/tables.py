@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from .doubts import MISSED
 from .formats import NONE, count, github, interval, number, percent
 from .grids import Grid
 from .rows import BUDGETS, PREDICTED, Group, Row, is_share
@@ -43,7 +44,7 @@ def cost_columns(group: Group) -> list[Column]:
     """Density, FLOPs, bytes, time and preparation. On a CPU the time is headed as what it is, and not compared."""
     columns = [
         *name_columns(group),
-        Column("realised density", lambda r: number(r.part("density").get("model")), "density"),
+        Column("realised density", _density, "density", lambda r: number(r.density)),
         Column("density p99, densest site", lambda r: number(r.p99)),
     ]
     if any(row.part("density").get("union") is not None for row in group.rows):
@@ -140,7 +141,7 @@ def readme_columns(group: Group) -> list[Column]:
     """The few columns of the short table: density, cost, time, and how far the model strays from dense."""
     columns = [
         *name_columns(group),
-        Column("model density", lambda r: number(r.part("density").get("model"))),
+        Column("model density", _density),
         Column("GFLOP/token", lambda r: _per(r.decode.get("flops"), 1e9)),
         Column("MB/token", lambda r: _per(r.decode.get("bytes"), 1e6)),
         Column("ms/step, CPU reference path" if group.on_cpu else "ms/step (speed-up, verdict)", _brief_time(group)),
@@ -296,6 +297,14 @@ def ranked(row: Row, budget: float) -> str:
     if found is None:
         return NONE
     return str(found.place) if found.best == found.worst else f"{found.place} ({found.best}–{found.worst})"
+
+
+def _density(row: Row) -> str:
+    """Of the evaluated text, and of the timed steps where that is another; with a batch, theirs is the union's."""
+    timed, of_text = (row.part("latency").get("step") or {}).get("density"), row.density
+    if timed is None or of_text is None or row.part("density").get("union") is not None:
+        return number(of_text)
+    return number(of_text) + (f"; timed {number(timed)}" if abs(timed - of_text) > MISSED else "")
 
 
 def _per(value: float | None, unit: float) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import board, claims, machine, store
+from .plots.style import registered
 from .rows import BUDGETS, Group, Row
 from .stats import Interval
 from .tables import budget, dense_baselines, ranked
@@ -25,7 +26,8 @@ def page(sets: Mapping[str, Iterable[Group]]) -> str:
 
 
 def data(sets: Mapping[str, Iterable[Group]]) -> dict[str, Any]:
-    """What `page.js` reads: a row per cell in the order of the leaderboard, the machines, and the claims."""
+    """What `page.js` reads: a row per cell in the order of the leaderboard, the methods in that of their colours, the
+    machines, and the claims."""
     machines: dict[str, int] = {}
     rows = []
     for section in board.sections(sets):
@@ -34,7 +36,9 @@ def data(sets: Mapping[str, Iterable[Group]]) -> dict[str, Any]:
                 line = machine.line(row.record["machine"], row.record)
                 rows.append(_row(row, table) | {"machine": machines.setdefault(line, len(machines))})
     findings = [claims.judge(claim, sets) for claim in claims.load()]
-    return {"rows": rows, "machines": list(machines), "claims": [_claim(found) for found in findings]}
+    found = registered()
+    found += sorted({row["method"] for row in rows if not row["baseline"]} - set(found))
+    return {"rows": rows, "methods": found, "machines": list(machines), "claims": [_claim(found) for found in findings]}
 
 
 def _row(row: Row, table: Group) -> dict[str, Any]:
@@ -68,6 +72,7 @@ def _row(row: Row, table: Group) -> dict[str, Any]:
         "sites": {name: _site(site) for name, site in sites.items() if site.get("layers")},
         "mb": _scaled(row.decode.get("bytes"), 1e6),
         "mbDense": _scaled(row.decode.get("bytes_dense"), 1e6),
+        "read": row.bytes_share,
         "gflop": _scaled(row.decode.get("flops"), 1e9),
         "gflopDense": _scaled(row.decode.get("flops_dense"), 1e9),
         "ms": latency.get("median"),

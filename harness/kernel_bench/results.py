@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from .. import machine
 from ..formats import NONE, github, number, percent
 
 PAGE = "KERNELS.md"
+
+# Ends the case of what is the same work in another form.
+FORM = re.compile(r", (list|mask|stored by output|float32 partials|[\d.]+ per row)$")
 
 Record = dict[str, Any]
 
@@ -29,11 +33,13 @@ Generated from the records beside it by `python -m harness bench kernels`; do no
   only find them in cache, as they do in a model.
 - **limit**: the bytes that must be read over the read bandwidth measured at the start of the run.
 - **dense baseline**: the same work done densely, timed in the same process in turns with the kernel.
+- **speed-up**: over the faster of that baseline and *own*: the same operator, case and batch at density 1, in its
+  fastest form, where there are such rows and sparser ones. Where that one is it, *own* and its time are beside it.
 - **density**: active / all, as drawn; with a batch, of the union over its rows.
 - **error**: relative to a float64 computation of the same inputs, Frobenius norm, at most 4e-3 in 16 bits and 1e-5 in
   float32. A kernel that exceeds it, or whose second run differs in one bit, has *failed* and has no time."""
 
-# Title -> text of a record.
+# Title -> text of a record, with `own_us`: the operator's own time where it skips nothing.
 COLUMNS: dict[str, Callable[[Record], str]] = {
     "operator": lambda r: r["op"],
     "case": lambda r: r["case"],
@@ -44,12 +50,12 @@ COLUMNS: dict[str, Callable[[Record], str]] = {
     "fraction\nof limit": lambda r: percent(r["fraction_of_limit"]),
     "dense\nbaseline": lambda r: r["baseline"] or NONE,
     "baseline\n[µs]": lambda r: number(r["baseline_us"]),
-    "speed-up": lambda r: f"{r['baseline_us'] / r['time_us']:.2f}" if r["time_us"] and r["baseline_us"] else NONE,
+    "speed-up over\nfaster dense": lambda r: _speedup(r["time_us"], r["baseline_us"], r["own_us"]),
     "error to\nfloat64": lambda r: NONE if r["rel_error"] is None else f"{r['rel_error']:.1e}",
 }
 
 
-def table(records: Iterable[Record]) -> str:
+def table(records: Sequence[Record]) -> str:
     """The records for a terminal."""
     from tabulate import tabulate
 
@@ -122,7 +128,7 @@ def page(folder: Path) -> str:
 def sums(records: Sequence[Record]) -> list[str]:
     """The linears of a layer together at batch 1, in each form, where all of them have a time."""
     layers: dict[tuple[str, str, str], list[Record]] = {}
-    for record in records:
+    for record in _with_own(records):
         shapes, _, linear = record["case"].partition(" ")
         if record["op"] in ("input_linear", "threshold_linear") and record["batch"] == 1:
             _, comma, form = linear.partition(",")
@@ -131,11 +137,35 @@ def sums(records: Sequence[Record]) -> list[str]:
     for layer, linears in layers.items():
         if all(record["time_us"] and record["baseline_us"] for record in linears):
             time, limit, dense = (sum(r[key] for r in linears) for key in ("time_us", "limit_us", "baseline_us"))
-            texts = [number(time), number(limit), percent(limit / time), number(dense), f"{dense / time:.2f}"]
-            body.append([*layer, *texts])
+            own = sum(r["own_us"] for r in linears) if all(r["own_us"] for r in linears) else None
+            texts = [number(time), number(limit), percent(limit / time), number(dense)]
+            body.append([*layer, *texts, _speedup(time, dense, own)])
     titles = ["all linears of a layer", "shapes", "density", "time [µs]", "limit [µs]", "fraction of limit"]
-    return [github([*titles, "cuBLAS [µs]", "speed-up"], body)] if body else []
+    return [github([*titles, "cuBLAS [µs]", "speed-up over faster dense"], body)] if body else []
 
 
-def _body(records: Iterable[Record]) -> list[list[str]]:
-    return [[text(record) for text in COLUMNS.values()] for record in records]
+def _speedup(time: float | None, baseline: float | None, own: float | None) -> str:
+    """Over the faster of two dense ways; what is gained over the slower one is not gained by skipping."""
+    dense = min((known for known in (baseline, own) if known), default=None)
+    if time is None or dense is None:
+        return NONE
+    return f"{dense / time:.2f}" + (f" (own, {number(own)})" if own == dense != baseline else "")
+
+
+def _with_own(records: Sequence[Record]) -> list[Record]:
+    """The records with the time of their operator at density 1, in the same case and batch and the fastest form; None
+    where it has no rows of both kinds: it skips nothing, or a union of all is what a batch drew."""
+
+    def work(record: Record) -> tuple[Any, ...]:
+        return record["op"], FORM.sub("", record["case"]), record["batch"]
+
+    skipping = {work(record) for record in records if record["density"] < 1}
+    own: dict[tuple[Any, ...], float] = {}
+    for record in records:
+        if record["density"] == 1 and record["time_us"] and work(record) in skipping:
+            own[work(record)] = min(own.get(work(record), inf), record["time_us"])
+    return [record | {"own_us": own.get(work(record))} for record in records]
+
+
+def _body(records: Sequence[Record]) -> list[list[str]]:
+    return [[text(record) for text in COLUMNS.values()] for record in _with_own(records)]

@@ -1,5 +1,5 @@
 "use strict";
-const { rows, claims, machines } = JSON.parse(document.getElementById("data").textContent);
+const { rows, methods, claims, machines } = JSON.parse(document.getElementById("data").textContent);
 
 // ---- small helpers
 
@@ -29,7 +29,7 @@ const plain = (value) => value.toLocaleString("en-US", { maximumSignificantDigit
 const percent = (value) => (value === null || value === undefined ? NONE : `${number(100 * value)} %`);
 const interval = (v, digits = 3) => (v ? `${v[0].toFixed(digits)} [${v[1].toFixed(digits)}, ${v[2].toFixed(digits)}]` : NONE);
 
-// ---- methods: a colour (Okabe and Ito's) and a marker each, the same in every chart; of one method, its variants
+// ---- methods: a colour (Okabe and Ito's) and a marker each, by place in the registry; of one method, its variants
 
 const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#56B4E9", "#8F5BD6", "#7F7F7F"];
 const MARKERS = {
@@ -44,11 +44,12 @@ const MARKERS = {
   cross: "M-5,-3.5L-3.5,-5L0,-1.5L3.5,-5L5,-3.5L1.5,0L5,3.5L3.5,5L0,1.5L-3.5,5L-5,3.5L-1.5,0z",
 };
 const SHAPES = ["circle", "square", "diamond", "triangle", "flipped", "pentagon", "plus"];
-const METHODS = unique(rows.filter((r) => !r.baseline).map((r) => r.method)).sort();
 function style(key) {
   if (key === "dense") return { colour: "var(--text)", marker: MARKERS.star };
   if (key === "null") return { colour: "var(--soft)", marker: MARKERS.cross };
-  const i = (one() ? unique(rows.filter((row) => row.method === state.method).map(named)).sort() : METHODS).indexOf(key);
+  const variants = one() ? unique(rows.filter((row) => row.method === state.method).map(named)).sort() : [];
+  const others = variants.filter((name) => name !== state.method);
+  const i = methods.indexOf(one() ? state.method : key) + others.indexOf(key) + 1;
   return { colour: COLOURS[i % COLOURS.length], marker: MARKERS[SHAPES[i % SHAPES.length]] };
 }
 const target = (row) => (row.baseline || row.target === null ? null : String(row.target));
@@ -266,12 +267,12 @@ function drawPareto(all) {
   };
   panel("Accuracy lost against bytes", "MB read per decoded token", (row) => row.mb);
   if (timed) panel("Accuracy lost against latency", step, share);
-  const cells = found.filter((row) => row.mb !== null && row.mbDense && share(row) !== null);
+  const cells = found.filter((row) => row.read && share(row) !== null);
   if (timed && cells.length) {
-    const point = (row) => ({ x: row.mb / row.mbDense, y: share(row), label: target(row), title: told(row) });
+    const point = (row) => ({ x: row.read, y: share(row), label: target(row), title: told(row) });
     chart(place, {
       title: "Latency against bytes", series: series(cells, point), unity: true, diagonal: true,
-      x: { kind: "linear", label: "bytes read per token ÷ dense", zero: true }, y: { kind: "linear", label: step, zero: true },
+      x: { kind: "linear", label: "bytes read per step ÷ dense", zero: true }, y: { kind: "linear", label: step, zero: true },
     });
   }
   if (!place.children.length) empty(place, "Nothing to draw for this choice.");

@@ -4,27 +4,42 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from itertools import count
 from textwrap import wrap
 from typing import Any
 
-from ..rows import Row
+from ..plan import BASELINES
+from ..rows import LORA, Row
 
-# Okabe and Ito's, and two of Tol's for the methods beyond.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#882255", "#999933")
+# Okabe and Ito's, and two of Tol's for the methods beyond; black, which is dense's, last.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#000000")
 MARKERS = "osD^vPX"
 FRONT, NULL = "#bbbbbb", "#777777"
 CROWDED = 9  # variants above which a panel shows each method's best alone, or a method has panels of its own
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
 
 
+def registered() -> list[str]:
+    """The methods in the order of the registry, which is that of their colours and markers."""
+    from methods import registry
+
+    return [name for name in registry.names() if name not in BASELINES]
+
+
 def styles(series: Iterable[str], kind: Callable[[str], str] = str) -> dict[str, tuple[str, str]]:
-    """A colour for each kind of name and a marker for each name of it; a second round of colours has other markers."""
+    """A colour for each kind of name and a marker for each name of it; a second round of colours has other markers.
+
+    A registered method looks the same whatever is shown beside it; other kinds have what is left.
+    """
     of_kind: dict[str, list[str]] = defaultdict(list)
     for name in sorted(series):
-        of_kind[kind(name)].append(name)
+        of_kind[kind(name).removesuffix(LORA)].append(name)
+    own = {name: i for i, name in enumerate(registered()) if name in of_kind}
+    left = (i for i in count() if i not in own.values())
     n, found = len(COLOURS), {}
-    for i, names in enumerate(of_kind[key] for key in sorted(of_kind)):
-        for j, name in enumerate(names):
+    for key in sorted(of_kind):
+        i = own[key] if key in own else next(left)
+        for j, name in enumerate([key, *(name for name in of_kind[key] if name != key)]):
             found[name] = COLOURS[i % n], MARKERS[(i + i // n + j) % len(MARKERS)]
     return found
 

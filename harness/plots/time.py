@@ -11,7 +11,7 @@ from typing import Any
 
 from ..grids import Grid
 from ..machine import kind
-from ..rows import Group, Row, order
+from ..rows import LORA, Group, Row, order
 from .style import COLOURS, CROWDED, FRONT, MARKERS, NULL, first_word, legend, plain, styles, titled, variant
 
 
@@ -65,7 +65,7 @@ def over_bytes(parts: list[Setting]) -> Any:
     for axis, part in zip(axes.flat, parts, strict=False):
         crowded = len({variant(row) for row in part.rows}) > CROWDED
         rows = [row for row in part.rows if not (crowded and row.options)]
-        points = [(share, y, row) for row in rows if (share := _bytes(row)) and (y := share_of_dense(row))]
+        points = [(share, y, row) for row in rows if (share := row.bytes_share) and (y := share_of_dense(row))]
         axis.axline((0, 0), (1, 1), color=FRONT, linewidth=1.5, label="as the bytes")
         axis.axhline(1, color="black", linewidth=0.6, linestyle=":", zorder=0)
         for name in dict.fromkeys(variant(row) for *_, row in points):
@@ -83,17 +83,12 @@ def over_bytes(parts: list[Setting]) -> Any:
                 axis.plot(xs, ys, "x", color=NULL, markersize=8, label=name)
         axis.set_xlim(0, 1.1)
         axis.set_ylim(0, 1.12 * max(y for _, y, _ in points))
-        axis.set_xlabel("bytes read per token ÷ dense")
+        axis.set_xlabel("bytes read per step ÷ dense")
         axis.set_ylabel("decode step ÷ fastest dense")
         plain(axis)
         titled(axis, 48, part.title, part.where)
         legend(axis, [axis])
     return figure
-
-
-def _bytes(row: Row) -> float | None:
-    read, dense = row.decode.get("bytes"), row.decode.get("bytes_dense")
-    return read / dense if read and dense else None
 
 
 def traced(groups: Sequence[Group]) -> list[Setting]:
@@ -140,7 +135,7 @@ def over_batch(found: list[Grid]) -> Any:
         own = {}
         for name in sorted(grid.speedups):
             method = first_word(name)
-            own[name] = colours[method][0] if method in colours else NULL, next(of_method[method])
+            own[name] = colours[method][0] if method in colours else NULL, next(of_method[method.removesuffix(LORA)])
         for axis, context in zip(line, grid.contexts, strict=False):
             for name, speedups in grid.speedups.items():
                 points = [(batch, s[0]) for batch in grid.batches if (s := speedups.get((batch, context)))]

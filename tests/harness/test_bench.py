@@ -193,6 +193,28 @@ def test_the_page_sums_the_linears_of_a_layer() -> None:
     assert [(c[0], c[3]) for c in cells] == [("input_linear", "6.00"), ("input_linear, list", "15.0")]
 
 
+def test_a_speed_up_is_over_the_faster_of_two_dense_ways() -> None:
+    def row(
+        case: str, density: float, time: float | None, op: str = "threshold_linear", batch: int = 1
+    ) -> dict[str, Any]:
+        return dict(zip(KEYS, [op, case, batch, density, time, 4.0, None, "cuBLAS", 20.0, 1e-3], strict=True))
+
+    def shown(*records: dict[str, Any]) -> list[str]:
+        place = list(results.COLUMNS).index("speed-up over\nfaster dense")
+        return [line[place] for line in results._body(records)]
+
+    sparse = row("m qkv", 0.5, 8.0)
+    assert shown(sparse, row("m qkv", 1.0, 16.0)) == ["2.00 (own, 16.0)", "1.00 (own, 16.0)"]
+    assert shown(sparse, row("m qkv, stored by output", 1.0, 12.0), row("m qkv", 1.0, 16.0))[0] == "1.50 (own, 12.0)"
+    others = row("m o", 1.0, 9.0), row("m qkv", 1.0, 9.0, batch=2), row("m qkv", 1.0, 9.0, op="input_linear")
+    assert shown(sparse, row("m qkv", 1.0, 25.0), row("m qkv", 1.0, None), *others) == [
+        "2.50", "0.80", "–", "2.22", "2.22", "2.22"
+    ]  # fmt: skip
+    assert shown(row("h, context 512", 1.0, 10.0), row("h, context 4096", 0.5, 10.0)) == ["2.00", "2.00"]
+    assert results.sums([sparse, row("m qkv, stored by output", 1.0, 12.0)])[0].count("1.50 (own, 12.0)") == 1
+    assert list(sparse) == KEYS
+
+
 def test_check_sees_drift_and_rebuild_mends_it(tmp_path: Path, capsys: Capture) -> None:
     out = str(tmp_path / "out")
     assert cli.main(["bench", "kernels", "--check", "--out", out]) == 2

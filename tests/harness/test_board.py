@@ -125,16 +125,48 @@ def test_readme_holds_a_headline_per_method_and_gpu(tmp_path: Path) -> None:
     assert lines[0][1:] == ["null", "lte", "teal"]
     assert {line[0]: line[1:] for line in lines[2:]} == {
         "reference (reference weights), decode, batch 1, context 384": [
-            "1.00 (same)", "1.43 at 0.7 (faster, 1.3 % lost)", "1.25 at 0.8 (faster, 0.4 % lost)",
+            "1.00 (same)", "1.43 at 0.7 (faster, 70 % read, 1.3 % lost)", "1.25 at 0.8 (faster, 80 % read, 0.4 % lost)",
         ],  # lte at 0.5 is faster, but over the budget
-        "reference (reference weights), decode, batch 8, context 384": [NONE, NONE, "1.11 at 0.9 (faster)"],
-        "reference (synthetic weights), decode, batch 1, context 384": [NONE, NONE, "2.00 at 0.5 (faster)"],
+        "reference (reference weights), decode, batch 8, context 384": [NONE, NONE, "1.11 at 0.9 (faster, 90 % read)"],
+        "reference (synthetic weights), decode, batch 1, context 384": [NONE, NONE, "2.00 at 0.5 (faster, 50 % read)"],
     }  # fmt: skip
     assert "**Test GPU: speed-up" in text and "(results/LEADERBOARD.md)" in text and "(results/CLAIMS.md)" in text
     assert text.endswith(f"{report.BEGIN}\nother\n{report.END}\n")
     assert report.check(tmp_path / "results", readme) == 0
     readme.write_text(text.replace("1.43", "1.44"))
     assert report.check(tmp_path / "results", readme) == 1
+
+
+def test_random_weights_are_shown_where_a_step_reads_half_of_the_dense_bytes() -> None:
+    cells = [synthetic("teal", density) for density in (0.6, 0.5, 0.3)]
+    cells[2]["cost"]["decode"]["bytes"] = 0.5 * 1.4e7  # with what the target leaves out
+
+    def shown() -> str:
+        return board.excerpt(board.sections({"one": rows.group([synthetic("dense"), *cells])}), "results")
+
+    cells[1]["latency"]["step"] = {"bytes": 4e6, "bytes_dense": 1e7, "density": 0.4}
+    assert "| 3.33 at 0.3 (faster, 50 % read) " in shown()
+    cells[0]["latency"]["step"] = {"bytes": 4.9e6, "bytes_dense": 1e7, "density": 0.49}
+    cells[2]["latency"]["step"] = {"bytes": 4e6, "bytes_dense": 1e7, "density": 0.3}
+    assert "| 1.67 at 0.6 (faster, 49 % read) " in shown()
+
+
+def test_headlines_count_what_casts_doubt_and_name_the_newest_machine() -> None:
+    def excerpt(*records: dict[str, Any]) -> str:
+        return board.excerpt(board.sections({"one": rows.group(records)}), "results")
+
+    quiet = record("teal", 0.8)
+    assert "**Caution:**" not in excerpt(record(), quiet) and "newest" not in excerpt(record(), quiet)
+    hot = on("Test GPU", record("teal", 0.7, batch=8), torch="2.1")
+    hot["machine"]["gpu"] |= {"throttle": ["power cap"], "processes": 1}
+    dirty = record("lte", 0.7, batch=16, git={"commit": "1" * 40, "dirty": True})
+    dirty["latency"]["watch"] = {"throttle": ["power cap"], "processes": 0}
+    text = excerpt(record(), quiet, hot, dirty)
+    assert "Machine, the newest of 2 of this kind: " in text
+    assert (
+        "**Caution:** of 3 timed cells: the GPU throttled its clocks (2), other processes used the GPU (1), "
+        "from a tree with uncommitted changes (1)." in text
+    )
 
 
 def test_records_of_a_method_that_is_not_installed_are_shown() -> None:

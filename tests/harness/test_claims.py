@@ -1,6 +1,7 @@
 """Verdicts on claims from made-up records, and the drift check of a folder of result sets."""
 
 import argparse
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from tests.harness.fabricated import GPU, record, synthetic, write
 
 SPEED = {"method": "teal", "paper": "T", "arxiv": "1", "claim": "c", "setting": "s", "quantity": "speed-up"}
 
-OVER_EAGER = "3.00x [3.00, 3.00] over dense eager at its best, 1.25x over the fastest dense"
+OVER_EAGER = (
+    "3.00x [3.00, 3.00] over dense eager at its best (the fastest dense alone: 2.40x), 1.25x over the fastest dense"
+)
 
 
 def claim(**changes: Any) -> Claim:
@@ -56,6 +59,20 @@ def test_shipped_claims_are_complete_and_name_known_things() -> None:
         ({"loss": 5}, [record(), record("teal", 0.8)], "reproduced", ""),
         ({"loss": 5}, [record(), record("teal", 0.4)], "not reproduced", "more than 5 % lost"),
         ({"loss": 5}, [synthetic("teal", 0.8)], "partly", "random weights: quality unknown"),
+        ({}, [synthetic("teal", 0.8)], "partly", "random weights: quality unknown"),
+        (
+            {"models": [], "similar": ["reference"], "value": 2},
+            [record("teal", 0.8)],
+            claims.SHORT,
+            "another model (reference)",
+        ),
+        ({"at": {"batch": [64, inf]}}, [record("teal", 0.8)], "reproduced", "batch 1 (paper: 64 and above)"),
+        (
+            {"at": {"density": [0.1, 0.5], "context": [512, 512], "batch": [1, 1]}},
+            [record("teal", 0.8)],
+            "reproduced",
+            "density 0.8 (paper: 0.1 to 0.5); context 384 (paper: 512)",
+        ),
         ({"density": [0.75, 0.85]}, [record("teal", 0.4), record("teal", 0.8)], "reproduced", ""),
         ({"density": [0.5, 0.6]}, [record("teal", 0.8)], "not measured", "no record of such a cell"),
         ({"batch": [8, 64]}, [record("teal", 0.8)], "not measured", "no record of such a cell"),
@@ -93,8 +110,20 @@ def test_quality_can_be_that_of_a_twin() -> None:
     wanted = claim(method="spark", quantity="FLOPs", models=[], similar=["reference-spark"], loss=1)
     assert judge(wanted, *cells).verdict == "partly"  # its own model loses nothing
     found = judge(claim(**{**vars(wanted), "twin": "reference"}), *cells)
-    assert found.verdict == "not measured" and "quality against dense reference" in found.remarks
+    assert found.verdict == claims.SHORT and "quality against dense reference" in found.remarks
     assert judge(claim(**{**vars(wanted), "twin": "absent"}), *cells).remarks[-1] == "quality not measured"
+
+
+def test_a_model_that_selects_by_itself_is_told_apart_from_its_twin() -> None:
+    cells = [record(model=model, key=model) for model in ("twins/dense", "twins/spark")]
+    cells[0]["fidelity"]["bits_per_byte"], cells[1]["fidelity"]["bits_per_byte"] = 0.852, 0.884
+    said = "The dense twin, twins/dense, is another model, trained alike: bits per byte 0.884 against its 0.852."
+    groups = rows.group([*cells, record(model="twins/spark", batch=8, key="wide")])
+    text = report.page(groups)
+    assert text.split("## twins/spark")[1].count(said) == 1 and said not in text.split("## twins/spark")[0]
+    assert "trained alike, not measured in this setting." in text.split("batch 8")[1]
+    merged = board.page(board.sections({"one": groups}))
+    assert merged.count(said) == 1 and said in merged.split("## twins/spark")[1]
 
 
 def test_a_named_baseline_is_compared_from_its_samples() -> None:
@@ -102,6 +131,32 @@ def test_a_named_baseline_is_compared_from_its_samples() -> None:
     cell["latency"] |= {"runner": "sparse", "samples": {"dense eager": [[6.0] * 9] * 3, "sparse": [[2.0] * 9] * 3}}
     found = judge(claim(baseline="dense eager", value=3), cell)
     assert found.verdict == "reproduced" and claims.measured(found) == OVER_EAGER
+
+
+def test_what_a_dense_runner_gains_alone_is_no_gain_of_a_method() -> None:
+    cell = record("teal", 0.8)
+    samples = {"dense eager": [[6.0] * 9] * 3, "sparse": [[2.0] * 9] * 3}
+    cell["latency"] |= {"runner": "sparse", "samples": samples, "speedup": 0.9, "ci": [0.8, 1.0]}
+    found = judge(claim(baseline="dense eager", value=2), cell)
+    assert found.verdict == "not reproduced" and "no faster than the fastest dense" in found.remarks
+    assert "dense eager at its best (the fastest dense alone: 3.33x), 0.90x over" in claims.measured(found)
+    cell["latency"]["baseline"] = "dense eager"
+    assert "alone" not in claims.measured(found)
+
+
+def test_a_speed_up_is_of_the_density_that_was_timed() -> None:
+    cell = record("teal", 0.6)
+    cell["density"]["sites"] = dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), {"mean": 0.6})
+    wanted = claim(density=[0.58, 0.62])
+    assert judge(wanted, cell).verdict == "reproduced"  # an older record does not say
+    cell["latency"]["step"] = {"density": 0.55}
+    found = judge(wanted, cell)
+    assert found.verdict == "not measured" and found.remarks[0].endswith("(teal 0.6 at 0.55)")
+    assert judge(claim(density=[0.5, 0.55]), cell).verdict == "reproduced"
+    assert judge(claim(density=[0.58, 0.62], quantity="FLOPs"), cell).verdict == "reproduced"
+    cell["density"] |= {"model": 0.8, "sites": {"ffn": {"mean": 0.6}}}  # half of the weights are FFN
+    cell["latency"]["step"] = {"density": 0.7}
+    assert judge(claim(density=[0.39, 0.41]), cell).verdict == "reproduced"
 
 
 def test_a_slow_run_of_a_named_baseline_is_no_gain() -> None:
@@ -121,7 +176,7 @@ def test_the_most_supporting_cell_of_all_sets_is_shown() -> None:
     sets = {"one": rows.group([record("teal", 0.8)]), "two": rows.group([other])}
     sets["two"][0].rows[0].source = "two"
     text = claims.page([claim(), claim(method="lte")], sets)
-    assert "2 claims: 1 reproduced, 0 partly, 0 not reproduced, 1 not measured." in text
+    assert "2 claims: 1 reproduced, 0 partly, 0 not reproduced, 0 fell short on another model, 1 not measured." in text
     assert "1.43x [1.40, 1.46]" in text and "Other GPU, [two](two/records.jsonl)" in text and "1.25x" not in text
     assert text == claims.page([claim(), claim(method="lte")], sets)
 

@@ -46,6 +46,21 @@ def test_a_method_has_a_colour_and_each_of_its_variants_a_marker() -> None:
     assert styles["lte"][0] == styles["lte (lr=1)"][0] != styles["teal"][0] and len(set(styles.values())) == 3
 
 
+def test_a_registered_method_looks_the_same_whatever_stands_beside_it() -> None:
+    methods = style.registered()
+    assert methods[:3] == ["teal", "lte", "moefication"] and not {"dense", "null"} & set(methods)
+    looks = style.styles(methods)
+    assert len(set(looks.values())) == len(methods)
+    for i, name in enumerate(methods):
+        assert looks[name][0] == style.COLOURS[i]
+        beside = [name, f"{name} (a=1)", "gone", "split=random"]
+        for kind in (str, style.first_word):
+            found = style.styles(beside, kind)
+            assert found[name] == looks[name] and len(set(found.values())) == len(beside)
+    lora = style.styles(["lte-lora", "teal"], style.first_word)["lte-lora"]
+    assert lora[0] == looks["lte"][0] and lora[1] != looks["lte"][1]
+
+
 @pytest.mark.parametrize("variants", [1, style.CROWDED])
 def test_a_crowded_panel_shows_each_methods_best_and_none_a_control(variants: int) -> None:
     from matplotlib import pyplot as plt
@@ -78,6 +93,11 @@ def test_times_of_machines_of_a_kind_share_a_panel_as_ratios() -> None:
     points = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in figure.axes[0].lines}
     plt.close(figure)
     assert points["lte"] == points["teal"] == ([0.5], [0.5]) and points["dense"] == ([1.0], [1.0])
+    first[1]["latency"]["step"] = {"bytes": 4e6, "bytes_dense": 1e7, "density": 0.4}
+    figure = time.over_bytes(time.settings(rows.group(first)))
+    (teal,) = (line for line in figure.axes[0].lines if line.get_label() == "teal")
+    plt.close(figure)
+    assert list(teal.get_xdata()) == [0.4]  # what the timed steps read
     cpu = [{**entry, "cell": {**entry["cell"], "device": "cpu"}} for entry in first]
     assert not time.settings(rows.group(cpu)) and not time.settings(rows.group([record()]))
 

@@ -200,6 +200,29 @@ def test_warnings() -> None:
         assert doubt in text.split("**Caution:**")[1]
 
 
+def test_timed_steps_at_another_density_are_told() -> None:
+    cell = record("teal", 0.5)
+    cell["density"] |= {
+        "model": 0.491,
+        "sites": dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), {"mean": 0.5}),
+    }
+    for timed, shown, caution in (
+        (0.46, "0.491; timed 0.460", True),
+        (0.495, "0.491", False),
+        (0.52, "0.491; timed 0.520", True),
+    ):
+        cell["latency"]["step"] = {"density": timed}
+        (group,) = rows.group([record(), cell])
+        assert tables.markdown(tables.cost_columns(group), group.rows).count(f"| {shown} ") == 1
+        assert tables.markdown(tables.readme_columns(group), group.rows).count(f"| {shown} ") == 1
+        doubt = f"timed steps missed the target density: teal 0.5 ran at {timed:.2f}"
+        assert (doubt in doubts_of(group.rows)) is caution
+    cell["density"]["union"] = 1.0  # what a batch reads together is no miss
+    cell["latency"]["step"] = {"density": 1.0}
+    (group,) = rows.group([record(), cell])
+    assert not doubts_of(group.rows) and "timed 1" not in tables.markdown(tables.cost_columns(group), group.rows)
+
+
 def test_what_methods_tell_is_said_once_per_density() -> None:
     def told(density: float, seed: int, **manifest: Any) -> dict[str, Any]:
         return record("lte", density, seed=seed, key=f"{density}{seed}", artifact={"manifest": manifest})

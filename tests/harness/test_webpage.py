@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from harness import board, report, webpage
+from harness.plots import style
 from tests.harness.browser import Browser, find
 from tests.harness.fabricated import GPU, record, synthetic, write
 
@@ -27,6 +28,7 @@ def records() -> list[dict[str, Any]]:
             if method == "teal":
                 more = {"spread": [[0.2, 0.5, 0.9]] * 3, "unions": {"1": 0.5, "2": 0.7}, "histogram": [1, 2, 1]}
                 cell["density"]["sites"]["ffn"] |= more
+            cell["latency"]["step"] = {"bytes": 0.9 * density, "bytes_dense": 1.0}
             cell["latency"]["breakdown"] = {"ms": {"linears": 1.0, "idle": 0.2}}
             found.append(cell)
     found.append(record("moefication", 0.5, options={"selector": "oracle"}, batch=8))
@@ -72,10 +74,12 @@ def test_page_holds_every_row_with_the_numbers_of_the_leaderboard(folder: Path) 
     }
     lte = next(r for r in data["rows"] if r["label"] == "lte 0.7")  # an older record
     assert lte["sites"]["ffn"]["spread"] is lte["sites"]["ffn"]["tokens"] is None
+    assert teal["read"] == pytest.approx(0.81)  # by the timed steps
     assert teal["mb"] == pytest.approx(12.6) and teal["speedup"] == pytest.approx([1 / 0.9, 0.98 / 0.9, 1.02 / 0.9])
     assert teal["ranks"][0] == {"place": 1, "text": "1"} and teal["time"] == {"linears": 1.0, "idle": 0.2}
     random_weights = [r for r in data["rows"] if "synthetic" in r["model"]]
     assert all(r["loss"] is None and r["perplexity"] is None for r in random_weights)
+    assert data["methods"] == style.registered()  # whose places are their colours, also of those without a row
     assert len(data["claims"]) >= 13 and all(data["machines"][r["machine"]] for r in data["rows"])
 
 
