@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from .machine import kind
 from .rows import Row
-from .store import Record
+from .store import Record, same_content
 
 
 def disturbances(record: Record) -> list[str]:
@@ -35,6 +35,8 @@ def doubts_of(rows: Iterable[Row]) -> list[str]:
         doubts.append("some rows come from a tree with uncommitted changes")
     if len({r.get("source") for r in records}) > 1:
         doubts.append("not all rows come from the same source code")
+    if any(not same_content(record, records[0]) for record in records[1:]):
+        doubts.append("not all rows are of the same weights and text")
     doubts += sorted({note for row in rows for note in row.part("latency").get("notes") or ()})
     return list(dict.fromkeys(doubts + told_by_methods(rows)))
 

@@ -20,10 +20,13 @@ from methods.errors import UsageError
 if TYPE_CHECKING:
     from methods.base import Method
 
+    from .models import ModelSpec
+
 ROOT = Path(__file__).parent.parent
 BASELINES = ("dense", "null")
 OFFLINE_TASKS = "stdlib_next_line,stdlib_identifier,stdlib_complete_line"
 LIMIT, QUICK_LIMIT = 200, 40
+MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt")  # weights, config and tokenizer
 MAX_BATCH = 64  # rows that the shared kernels take
 # How results are shown does not change what was measured.
 PRESENTATION = frozenset(
@@ -40,7 +43,7 @@ class Cell:
 
     `weights`: "real", "reference" or "synthetic". `context`: tokens in the cache when decoding is timed. `limit`: items
     per task. `timed`: whether latency is measured. `not_applicable` says why the method cannot serve this model or
-    mode; it is no part of the key.
+    mode; it is no part of the key. `files`: what tells local files from others under the same names, "" without any.
     """
 
     model: str
@@ -58,19 +61,21 @@ class Cell:
     device: str
     dtype: str
     timed: bool = True
+    files: str = ""
     not_applicable: str | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The cell as the records hold it; `timed` only where it is not the rule."""
         cell = {**asdict(self), "tasks": list(self.tasks)}
-        del cell["not_applicable"]
+        del cell["not_applicable"], cell["files"]
         if self.timed:
             del cell["timed"]
         return cell
 
     def cell_key(self, source: str, machine: str) -> str:
-        """The name of this cell's result: same cell, same source, same machine, same key."""
-        content = json.dumps([self.to_dict(), source, machine], sort_keys=True, separators=(",", ":"))
+        """The name of this cell's result: same cell, same files, same source, same machine, same key."""
+        parts = [self.to_dict(), source, machine, *([self.files] if self.files else [])]
+        content = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
@@ -137,14 +142,14 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
     tasks = _tasks(args.tasks)
     device = models.resolve_device(args.device)
     dtype = models.resolve_dtype(args.dtype, device)
-    if args.corpus not in NAMED:
-        load_corpus(args.corpus)  # its files must exist and be readable
+    text = "" if args.corpus in NAMED else load_corpus(args.corpus).hash  # its files must exist and be readable
 
     cells = []
     for spec in specs:
         models.check(spec, args.weights)
         config = models.config(spec)
         synthetic = args.weights == "synthetic"
+        files = _files(spec, "" if synthetic else text, () if synthetic else tasks)
         # Modes innermost: all cells of one batch and context share the dense runners that were built for these.
         settings = product(batches, _contexts(spec.name, config, contexts), modes)
         for seed, (batch, context, mode), method in product(seeds, settings, methods):
@@ -166,6 +171,7 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
                         device=device,
                         dtype=dtype,
                         timed=not args.no_latency,
+                        files=files,
                         not_applicable=_why_not(method, config, density, mode, batch),
                     )
                 )
@@ -331,6 +337,18 @@ def _contexts(model: str, config: Any, asked: Sequence[int] | None) -> Sequence[
     if positions and max(asked) > positions:
         raise UsageError(f"--context {max(asked)} is more than the {positions} positions of {model}: give less.")
     return asked
+
+
+def _files(spec: ModelSpec, text: str, tasks: Sequence[str]) -> str:
+    """A hash over the local files that cells read: those of the model and the tasks by size and time of change, the
+    corpus by the hash of its text. Empty where there are none, so that named things keep their keys."""
+    from .tasks import is_yaml
+
+    folder = spec.path if spec.path and spec.kind == "real" else None
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_FILES] if folder else []
+    files += [Path(name) for name in tasks if is_yaml(name)]
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(f"{text}{stamps}".encode()).hexdigest()[:16] if text or stamps else ""
 
 
 def _tasks(text: str) -> tuple[str, ...]:

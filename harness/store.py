@@ -105,6 +105,15 @@ def place(record: Record) -> str:
     return machine.kind(record["machine"])
 
 
+def same_content(one: Record, other: Record) -> bool:
+    """Whether two records are of the same weights and text, as far as both tell."""
+    for part, name in (("model", "fingerprint"), ("corpus", "hash")):
+        found = {(record.get(part) or {}).get(name) for record in (one, other)} - {None}
+        if len(found) > 1:
+            return False
+    return True
+
+
 def latest(records: Iterable[Record]) -> list[Record]:
     """The newest record of each cell at each place, whatever source measured it; order of first appearance."""
     newest: dict[str, Record] = {}

@@ -73,6 +73,20 @@ def test_perplexity_ratio_is_weighted_by_tokens() -> None:
     assert ratio is not None and ratio.estimate == pytest.approx(2.718281828**0.25)
 
 
+def test_what_has_other_weights_or_text_is_not_compared() -> None:
+    """As after a model's folder was written anew: the old rows lose their baseline, the new ones keep theirs."""
+
+    def of(weights: str, text: str, *cell: Any) -> dict[str, Any]:
+        return record(*cell) | {"model": {"fingerprint": weights}, "corpus": {"hash": text}}
+
+    made = [of("b", "x"), of("a", "x", "teal", 0.4), of("b", "y", "lte", 0.4), of("b", "x", "spark", 0.4)]
+    (found,) = rows.group([*made, record("polar", 0.4)])
+    compared = {row.method for row in found.rows if row.loss is not None and row.method != "dense"}
+    assert compared == {"spark", "polar"}  # a record that does not tell is taken as it is
+    assert "not all rows are of the same weights and text" in doubts_of(found.rows)
+    assert "not all rows are of the same weights and text" not in doubts_of(rows.group(FULL)[0].rows)
+
+
 def test_items_of_other_length_are_not_compared() -> None:
     sparse = record("teal", 0.5)
     sparse["items"]["nll"] = sparse["items"]["nll"][:-1]
