@@ -229,13 +229,14 @@ def _read(spec: ModelSpec, configuration: Any, device: str, dtype: torch.dtype) 
     if configuration is not None:
         options["config"] = configuration
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             spec.source, revision=spec.revision, dtype=dtype, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **options,
         )  # fmt: skip
     except Exception as error:
         raise _explain(error, spec) from error
-    _require_complete(spec, found)
+    model, told = loaded
+    _require_complete(spec, told)
     return model
 
 
