@@ -151,7 +151,8 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
         synthetic = args.weights == "synthetic"
         files = _files(spec, "" if synthetic else text, () if synthetic else tasks)
         # Modes innermost: all cells of one batch and context share the dense runners that were built for these.
-        settings = product(batches, _contexts(spec.name, config, contexts), modes)
+        stepping = synthetic or not args.no_latency
+        settings = product(batches, _contexts(spec.name, config, contexts, stepping), modes)
         for seed, (batch, context, mode), method in product(seeds, settings, methods):
             for density in _method_densities(method, densities):
                 cells.append(
@@ -330,12 +331,31 @@ def _why_not(method: Method, config: Any, density: float | None, mode: str, batc
     return method.why_not(config) or (None if density is None else method.unreachable(config, density))
 
 
-def _contexts(model: str, config: Any, asked: Sequence[int] | None) -> Sequence[int]:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+def _contexts(model: str, config: Any, asked: Sequence[int] | None, stepping: bool) -> Sequence[int]:
+    """The contexts of a model's cells. `stepping`: tokens follow the context, as they do when steps are timed.
+
+    Rotary embeddings reach past the positions of their training; a table of positions ends where it ends.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if not positions:
+        return asked or [512]
+    most: int = positions
+    if stepping and not getattr(text, "rope_parameters", None):
+        from .latency import ROOM
+
+        most = positions - ROOM
+        if most < 1:
+            raise UsageError(
+                f"{model} has {positions} positions and the steps after a context take {ROOM}: use real weights with "
+                "--no-latency, or another model."
+            )
     if asked is None:
-        return [min(512, positions * 3 // 4) if positions else 512]
-    if positions and max(asked) > positions:
-        raise UsageError(f"--context {max(asked)} is more than the {positions} positions of {model}: give less.")
+        return [min(512, positions * 3 // 4, most)]
+    if max(asked) > most:
+        why = f"the {positions} positions of {model}"
+        why += "" if most == positions else f" hold beside {positions - most} steps"
+        raise UsageError(f"--context {max(asked)} is more than {why}: give {most} or less.")
     return asked
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from harness import plan, session, workers
+from harness import latency, plan, session, workers
 from harness.plan import Cell
 from methods import families
 from methods.errors import UsageError
@@ -91,6 +91,30 @@ def test_context_defaults_to_what_the_model_holds(tiny: str) -> None:
     assert {c.context for c in cells("--methods", "dense")} == {512}
     with pytest.raises(UsageError, match="512 positions"):
         cells(*local, "--context", "100,600")
+
+
+def test_a_table_of_positions_leaves_room_for_the_steps(tiny: str) -> None:
+    relu = ["--model", "reference-relu", "--weights", "real", "--methods", "dense", "--tasks", "none"]
+    most = 512 - latency.ROOM
+    for flags in ([], ["--no-latency", "--weights", "synthetic"]):
+        assert {c.context for c in cells(*relu, *flags, "--context", str(most))} == {most}
+        with pytest.raises(UsageError, match=f"give {most} or less"):
+            cells(*relu, *flags, "--context", f"100,{most + 1}")
+    assert {c.context for c in cells(*relu, "--no-latency", "--context", "512")} == {512}
+    assert {c.context for c in cells("--model", tiny, "--methods", "dense", "--context", "512")} == {512}  # rotary
+
+
+@pytest.mark.parametrize(("positions", "default"), [(1024, 512), (100, 100 - latency.ROOM), (latency.ROOM, None)])
+def test_the_default_context_leaves_room_too(positions: int, default: int | None, tmp_path: Path) -> None:
+    from transformers import OPTConfig
+
+    OPTConfig(max_position_embeddings=positions).save_pretrained(tmp_path)
+    small = ["--model", str(tmp_path), "--methods", "dense"]
+    if default:
+        assert {c.context for c in cells(*small)} == {default}
+    else:
+        with pytest.raises(UsageError, match="with --no-latency, or another model"):
+            cells(*small)
 
 
 def test_weights_kinds_and_tasks(tiny: str) -> None:
