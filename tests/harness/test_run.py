@@ -324,6 +324,19 @@ def test_a_wrong_or_damaged_artifact_ends_the_run_before_it_measures(
     assert store.load(tmp_path / "out") == before
 
 
+def test_tasks_without_their_data_end_the_run_before_it_measures(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tmp_path / "lost.yaml"
+    task.write_text(
+        f"task: lost\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/lost.jsonl}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{a}}'\ndoc_to_target: '{{b}}'\n"
+    )
+    assert cli.main(command(model, tmp_path / "out", "--tasks", str(task))) == 2
+    assert "cannot load the data of task" in capsys.readouterr().err
+    assert store.load(tmp_path / "out") == []
+
+
 def test_measuring_under_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["run", "--methods", "teal"]) == 2
