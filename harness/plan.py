@@ -136,7 +136,9 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
     limit = args.limit if args.limit is not None else QUICK_LIMIT if args.quick else LIMIT
     if limit < 1:
         raise UsageError(f"--limit is {limit}: give 1 or more, or --tasks none.")
-    if args.workers < 1 or (args.workers > 1 and not args.no_latency):
+    if args.workers < 1:
+        raise UsageError(f"--workers is {args.workers}: give 1 or more, or leave the flag out.")
+    if args.workers > 1 and not args.no_latency:
         raise UsageError("--workers above 1 needs --no-latency, since timed cells need the machine to themselves.")
     seeds = numbers(args.seed, "--seed", _seed)
     tasks = _tasks(args.tasks)
@@ -264,16 +266,17 @@ def _positive(text: str, flag: str) -> int:
 
 
 def _seed(text: str, flag: str) -> int:
-    return _whole(text, flag, 0)
+    return _whole(text, flag, 0, 2**32 - 1)  # the most that every generator takes
 
 
-def _whole(text: str, flag: str, least: int) -> int:
+def _whole(text: str, flag: str, least: int, most: int | None = None) -> int:
     try:
         value = int(text)
     except ValueError:
         value = least - 1
-    if value < least:
-        raise UsageError(f"'{text}' is no value for {flag}: give whole numbers from {least}, like {flag} {least},8.")
+    if value < least or (most is not None and value > most):
+        limits = f"from {least}" + ("" if most is None else f" to {most}")
+        raise UsageError(f"'{text}' is no value for {flag}: give whole numbers {limits}, like {flag} {least},8.")
     return value
 
 
@@ -283,7 +286,9 @@ def _density(text: str, flag: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value <= 1:
-        hint = f"did you mean {value / 100:g}?" if 1 < value <= 100 else f"give numbers in (0, 1], like {flag} 0.3,0.5."
+        hint = (
+            f"did you mean {value / 100:g}?" if 2 <= value <= 100 else f"give numbers in (0, 1], like {flag} 0.3,0.5."
+        )
         raise UsageError(f"'{text}' is no density (the share that stays active): {hint}")
     return value
 
@@ -302,6 +307,8 @@ def _methods(text: str) -> tuple[list[Method], list[Method]]:
     names = split(text, "--methods")
     if names == ["all"]:
         return [registry.parse(name) for name in registry.names()], []
+    if "all" in names:
+        raise UsageError("--methods all has every method already: give either all or names.")
     asked = [registry.parse(name) for name in names]
     given = {method.name for method in asked}
     methods = [*asked, *(registry.parse(name) for name in BASELINES if name not in given)]
