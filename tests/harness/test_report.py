@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from harness import formats, grids, plots, report, rows, store, tables
+from harness import formats, grids, plots, report, rows, store, tables, webpage
 from harness.doubts import doubts_of
 from methods.errors import UsageError
-from tests.harness.fabricated import FULL, GPU, record, synthetic, write
+from tests.harness.fabricated import FULL, GPU, TASKS, record, synthetic, write
 
 
 def page(records: list[dict[str, Any]]) -> str:
@@ -71,6 +71,22 @@ def test_perplexity_ratio_is_weighted_by_tokens() -> None:
     sparse["items"] |= {"nll": [1.0, 2.0], "tokens": [300, 100]}
     ratio = rows.Row(sparse, dense).perplexity_ratio
     assert ratio is not None and ratio.estimate == pytest.approx(2.718281828**0.25)
+
+
+def test_what_rests_on_one_item_is_uncertain() -> None:
+    def short(*cell: Any) -> dict[str, Any]:
+        """Of one window, and of one item of a task."""
+        made = record(*cell)
+        made["items"] = {name: scores[:1] for name, scores in made["items"].items() if name != TASKS[1]}
+        return made
+
+    (found,) = rows.group([short(), short("teal", 0.99)])
+    assert tables.budget(found.rows[-1]) == "≤ 1 % ?"
+    assert tables.budget(rows.group([record(), record("teal", 0.99)])[0].rows[-1]) == "≤ 1 %"
+    texts = {column.title: column.text(found.rows[-1]) for column in tables.quality_columns(found)}
+    assert texts["perplexity ÷ dense [95 %]"] == "1.000" and not any("inf" in text for text in texts.values())
+    assert webpage.page({"set": [found]})  # JSON has no infinity
+    assert [row["ratio"] and len(row["ratio"]) for row in webpage.data({"set": [found]})["rows"]] == [None, 1]
 
 
 def test_what_has_other_weights_or_text_is_not_compared() -> None:
