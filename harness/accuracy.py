@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -39,19 +40,25 @@ def evaluate(
     fixed order. An item's score is 0 or 1 for accuracies, and the negative log-likelihood per unit for perplexities;
     tasks whose metric has no score per item have no items. Raises UsageError when a task or its data cannot be loaded.
     """
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from .lm import SparseLM
 
-    stdlib = corpus if corpus is not None and corpus.name == "stdlib" else None
+    ready = load(tasks, seed, corpus)
     # Log-probabilities in float32: in bfloat16, a sum over a line is coarser than the difference between two choices.
     lm = SparseLM(model, mode=mode, handle=handle, tokenizer=tokenizer, batch_size=batch, softmax_dtype="float32")
     scores: Scores = {}
     items: Items = {}
-    for name in tasks:
-        scores[name], answers = _evaluate(lm, name, _load(name, stdlib, seed), limit)
+    for name, loaded in ready.items():
+        scores[name], answers = _evaluate(lm, name, loaded, limit)
         if answers:
             items[name] = answers
     return scores, items
+
+
+def load(tasks: Iterable[str], seed: int = 0, corpus: Corpus | None = None) -> dict[str, Any]:
+    """lm-eval's objects of each task, with their data. Raises UsageError when these cannot be loaded."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    stdlib = corpus if corpus is not None and corpus.name == "stdlib" else None
+    return {name: _load(name, stdlib, seed) for name in tasks}
 
 
 def _evaluate(lm: Any, name: str, loaded: Any, limit: int | None) -> tuple[dict[str, Any], list[float]]:

@@ -9,10 +9,12 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from methods.artifact import CONFIG_FILE, Artifact, fingerprint
 from methods.base import Data, Progress
+from methods.errors import UsageError
 
 from . import machine
 from .corpus import Corpus, Document, token_windows
@@ -31,7 +33,17 @@ CALIBRATION_WINDOWS = 64
 def cache_dir() -> Path:
     """`$ACTIVATION_SPARSITY_CACHE`, or `activation-sparsity` in the user's cache folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("ACTIVATION_SPARSITY_CACHE") or base / "activation-sparsity")
+    return Path(os.environ.get("ACTIVATION_SPARSITY_CACHE") or base / "activation-sparsity").expanduser()
+
+
+def ensure_writable(target: Path, advice: str) -> None:
+    """Raises UsageError, with the advice, where no artifact could be saved as `target`: training may take hours."""
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (target.parent, target) if target.exists() else (target.parent,):
+            TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(f"no artifact can be saved as '{target}' ({error.strerror}): {advice}.") from None
 
 
 def shipped(loaded: LoadedModel, method: Method, density: float | None, seed: int) -> Path | None:
@@ -80,6 +92,10 @@ def obtain(
         return
     found = {d: None if force else existing(loaded, method, d, corpus, seed) for d in densities}
     missing = [density for density in densities if found[density] is None]
+    for density in missing if machine.rank() == 0 else ():
+        ensure_writable(
+            _cached(loaded, method, density, corpus, seed), "set ACTIVATION_SPARSITY_CACHE to another folder"
+        )
     data = data_for(loaded, corpus, seed, cache_dir() / "training") if missing else None
     made = iter(()) if data is None else method.prepare(loaded.model, data, missing, progress)
     for density in densities:

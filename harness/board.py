@@ -14,7 +14,7 @@ from methods.errors import UsageError
 from . import machine, store
 from .claims import twin_note
 from .doubts import counts, doubts_of
-from .formats import NONE, github, number
+from .formats import NONE, ends, github, number
 from .plan import BASELINES
 from .rows import BUDGETS, LORA, SHARED, Group, Row, combine, group, rank
 from .tables import Column, cost_columns, dense_baselines, fidelity_columns, markdown, predictor_means
@@ -267,7 +267,7 @@ def _setting_columns() -> list[Column]:
 
 def _tasks(row: Row) -> str:
     d = row.task_average_difference
-    return NONE if d is None else f"{100 * d.estimate:+.1f} [{100 * d.low:+.1f}, {100 * d.high:+.1f}]"
+    return NONE if d is None else f"{100 * d.estimate:+.1f}{ends(d.scaled(100), '+.1f')}"
 
 
 def _scaled(value: float | None, unit: float) -> str:

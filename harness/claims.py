@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +199,7 @@ def measured(found: Finding) -> str:
         return NONE
     value, claim = found.value, found.claim
     if claim.quantity == "quality":
-        return f"{value.estimate:.1f} % (95 % interval from {value.low:.1f} %)"
+        return f"{value.estimate:.1f} %" + (f" (95 % interval from {value.low:.1f} %)" if isfinite(value.low) else "")
     text = f"{value.estimate:.2f}x"
     if claim.quantity == "speed-up":
         text += f" [{value.low:.2f}, {value.high:.2f}]"

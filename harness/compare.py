@@ -13,7 +13,7 @@ from methods.errors import UsageError
 
 from . import machine, stats, store
 from .doubts import disturbances
-from .formats import NONE, interval, number
+from .formats import NONE, ends, interval, number
 from .rows import SETTING, Row, is_share
 from .store import Record
 from .tables import Column, terminal
@@ -186,8 +186,8 @@ def _task(name: str, facts: dict[str, Any]) -> Column:
     def text(pair: Pair) -> str:
         if name not in pair.tasks:
             return NONE
-        found = pair.tasks[name].difference
-        return f"{found.estimate * scale:+.1f}\n[{found.low * scale:+.1f}, {found.high * scale:+.1f}]"
+        found = pair.tasks[name].difference.scaled(scale)
+        return f"{found.estimate:+.1f}{ends(found, '+.1f', before=chr(10))}"
 
     words = name.replace("_", "\n")
     return _column(f"{words}\nB - A, {unit}", text)

@@ -292,7 +292,9 @@ def _articles(rows: Sequence[str]) -> list[str]:
 def _local(spec: str, paths: Sequence[Path]) -> Corpus:
     files: list[Path] = []
     for path in paths:
-        found = [p for p in sorted(path.rglob("*")) if p.suffix in (".txt", ".jsonl")] if path.is_dir() else [path]
+        found = [path]
+        if path.is_dir():
+            found = [p for p in sorted(path.rglob("*")) if p.suffix in (".txt", ".jsonl") and p.is_file()]
         if not found:
             raise UsageError(f"no .txt or .jsonl file in '{path}': give a folder that holds text.")
         files += found

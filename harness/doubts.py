@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from .machine import kind
 from .rows import Row
-from .store import Record
+from .store import Record, same_content
 
 DIRTY = "from a tree with uncommitted changes"
 MISSED = 0.01  # from here on a density is another one than the target
@@ -78,6 +78,8 @@ def doubts_of(rows: Iterable[Row]) -> list[str]:
         doubts.append(f"some rows come {DIRTY}")
     if len({r.get("source") for r in records}) > 1:
         doubts.append("not all rows come from the same source code")
+    if any(not same_content(record, records[0]) for record in records[1:]):
+        doubts.append("not all rows are of the same weights and text")
     if missed := [f"{row.label} ran at {timed_density(row):.2f}" for row in rows if misses_target(row)]:
         doubts.append(f"timed steps missed the target density: {', '.join(dict.fromkeys(missed))}")
     doubts += sorted({note for row in rows for note in row.part("latency").get("notes") or ()})

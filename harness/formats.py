@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from .stats import Interval
@@ -32,7 +33,12 @@ def count(value: float | None) -> str:
 
 
 def interval(value: Interval | None) -> str:
-    return NONE if value is None else f"{value.estimate:.3f} [{value.low:.3f}, {value.high:.3f}]"
+    return NONE if value is None else f"{value.estimate:.3f}{ends(value, '.3f')}"
+
+
+def ends(value: Interval, form: str, before: str = " ") -> str:
+    """Of an interval, in brackets; nothing where it has no limits."""
+    return f"{before}[{value.low:{form}}, {value.high:{form}}]" if math.isfinite(value.high) else ""
 
 
 def github(titles: Sequence[str], body: Sequence[Sequence[str]]) -> str:

@@ -229,11 +229,27 @@ def _read(spec: ModelSpec, configuration: Any, device: str, dtype: torch.dtype) 
     if configuration is not None:
         options["config"] = configuration
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            spec.source, revision=spec.revision, dtype=dtype, trust_remote_code=False, **options
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            spec.source, revision=spec.revision, dtype=dtype, trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True, **options,
+        )  # fmt: skip
     except Exception as error:
         raise _explain(error, spec) from error
+    model, told = loaded
+    _require_complete(spec, told)
+    return model
+
+
+def _require_complete(spec: ModelSpec, found: dict[str, Any]) -> None:
+    """Raises UsageError for parameters that the checkpoint did not fill: transformers draws these at random."""
+    for kind, words in (("missing", "lack"), ("mismatched", "have other shapes for")):
+        names = sorted(key if isinstance(key, str) else key[0] for key in found[f"{kind}_keys"])
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise UsageError(
+                f"the weights of {spec.name} {words} {len(names)} of the parameters that its config.json describes "
+                f"({names[0]}{more}): restore the files, or use --weights synthetic."
+            )
 
 
 def _register(spec: ModelSpec) -> None:

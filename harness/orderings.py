@@ -14,7 +14,7 @@ from methods.errors import UsageError
 from methods.registry import create
 
 from . import stats
-from .formats import github
+from .formats import ends, github
 from .rows import Group, Row
 
 DATA = Path(__file__).with_name("orderings.toml")
@@ -127,7 +127,7 @@ def _line(ordering: Ordering, found: list[Pair]) -> list[str]:
     for pair in found:
         d = pair.difference
         told = "" if pair.verdict == "seen" else f" {pair.verdict}"
-        texts.append(f"{_name(pair, ordering)}: {d.estimate:+.3f} [{d.low:+.3f}, {d.high:+.3f}]{told}")
+        texts.append(f"{_name(pair, ordering)}: {d.estimate:+.3f}{ends(d, '+.3f')}{told}")
     counts = {name: n for name in VERDICTS if (n := sum(pair.verdict == name for pair in found))}
     mixed = "**mixed**: " + ", ".join(f"{n} {name}" for name, n in counts.items())
     verdict = mixed if len(counts) > 1 else f"**{next(iter(counts))}** ({len(found)} of {len(found)})"

@@ -20,10 +20,13 @@ from methods.errors import UsageError
 if TYPE_CHECKING:
     from methods.base import Method
 
+    from .models import ModelSpec
+
 ROOT = Path(__file__).parent.parent
 BASELINES = ("dense", "null")
 OFFLINE_TASKS = "stdlib_next_line,stdlib_identifier,stdlib_complete_line"
 LIMIT, QUICK_LIMIT = 200, 40
+MODEL_FILES = (".json", ".safetensors", ".bin", ".model", ".txt")  # weights, config and tokenizer
 MAX_BATCH = 64  # rows that the shared kernels take
 # How results are shown does not change what was measured.
 PRESENTATION = frozenset(
@@ -40,7 +43,7 @@ class Cell:
 
     `weights`: "real", "reference" or "synthetic". `context`: tokens in the cache when decoding is timed. `limit`: items
     per task. `timed`: whether latency is measured. `not_applicable` says why the method cannot serve this model or
-    mode; it is no part of the key.
+    mode; it is no part of the key. `files`: what tells local files from others under the same names, "" without any.
     """
 
     model: str
@@ -58,19 +61,21 @@ class Cell:
     device: str
     dtype: str
     timed: bool = True
+    files: str = ""
     not_applicable: str | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The cell as the records hold it; `timed` only where it is not the rule."""
         cell = {**asdict(self), "tasks": list(self.tasks)}
-        del cell["not_applicable"]
+        del cell["not_applicable"], cell["files"]
         if self.timed:
             del cell["timed"]
         return cell
 
     def cell_key(self, source: str, machine: str) -> str:
-        """The name of this cell's result: same cell, same source, same machine, same key."""
-        content = json.dumps([self.to_dict(), source, machine], sort_keys=True, separators=(",", ":"))
+        """The name of this cell's result: same cell, same files, same source, same machine, same key."""
+        parts = [self.to_dict(), source, machine, *([self.files] if self.files else [])]
+        content = json.dumps(parts, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(content.encode()).hexdigest()[:16]
 
     @property
@@ -136,22 +141,25 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
     limit = args.limit if args.limit is not None else QUICK_LIMIT if args.quick else LIMIT
     if limit < 1:
         raise UsageError(f"--limit is {limit}: give 1 or more, or --tasks none.")
-    if args.workers < 1 or (args.workers > 1 and not args.no_latency):
+    if args.workers < 1:
+        raise UsageError(f"--workers is {args.workers}: give 1 or more, or leave the flag out.")
+    if args.workers > 1 and not args.no_latency:
         raise UsageError("--workers above 1 needs --no-latency, since timed cells need the machine to themselves.")
     seeds = numbers(args.seed, "--seed", _seed)
     tasks = _tasks(args.tasks)
     device = models.resolve_device(args.device)
     dtype = models.resolve_dtype(args.dtype, device)
-    if args.corpus not in NAMED:
-        load_corpus(args.corpus)  # its files must exist and be readable
+    text = "" if args.corpus in NAMED else load_corpus(args.corpus).hash  # its files must exist and be readable
 
     cells = []
     for spec in specs:
         models.check(spec, args.weights)
         config = models.config(spec)
         synthetic = args.weights == "synthetic"
+        files = _files(spec, "" if synthetic else text, () if synthetic else tasks)
         # Modes innermost: all cells of one batch and context share the dense runners that were built for these.
-        settings = product(batches, _contexts(spec.name, config, contexts), modes)
+        stepping = synthetic or not args.no_latency
+        settings = product(batches, _contexts(spec.name, config, contexts, stepping), modes)
         for seed, (batch, context, mode), method in product(seeds, settings, methods):
             for density in _method_densities(method, densities):
                 cells.append(
@@ -171,6 +179,7 @@ def build_plan(args: argparse.Namespace) -> list[Cell]:
                         device=device,
                         dtype=dtype,
                         timed=not args.no_latency,
+                        files=files,
                         not_applicable=_why_not(method, config, density, mode, batch),
                     )
                 )
@@ -262,16 +271,17 @@ def _positive(text: str, flag: str) -> int:
 
 
 def _seed(text: str, flag: str) -> int:
-    return _whole(text, flag, 0)
+    return _whole(text, flag, 0, 2**32 - 1)  # the most that every generator takes
 
 
-def _whole(text: str, flag: str, least: int) -> int:
+def _whole(text: str, flag: str, least: int, most: int | None = None) -> int:
     try:
         value = int(text)
     except ValueError:
         value = least - 1
-    if value < least:
-        raise UsageError(f"'{text}' is no value for {flag}: give whole numbers from {least}, like {flag} {least},8.")
+    if value < least or (most is not None and value > most):
+        limits = f"from {least}" + ("" if most is None else f" to {most}")
+        raise UsageError(f"'{text}' is no value for {flag}: give whole numbers {limits}, like {flag} {least},8.")
     return value
 
 
@@ -281,7 +291,9 @@ def _density(text: str, flag: str) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value <= 1:
-        hint = f"did you mean {value / 100:g}?" if 1 < value <= 100 else f"give numbers in (0, 1], like {flag} 0.3,0.5."
+        hint = (
+            f"did you mean {value / 100:g}?" if 2 <= value <= 100 else f"give numbers in (0, 1], like {flag} 0.3,0.5."
+        )
         raise UsageError(f"'{text}' is no density (the share that stays active): {hint}")
     return value
 
@@ -300,6 +312,8 @@ def _methods(text: str) -> tuple[list[Method], list[Method]]:
     names = split(text, "--methods")
     if names == ["all"]:
         return [registry.parse(name) for name in registry.names()], []
+    if "all" in names:
+        raise UsageError("--methods all has every method already: give either all or names.")
     asked = [registry.parse(name) for name in names]
     given = {method.name for method in asked}
     methods = [*asked, *(registry.parse(name) for name in BASELINES if name not in given)]
@@ -329,13 +343,44 @@ def _why_not(method: Method, config: Any, density: float | None, mode: str, batc
     return method.why_not(config) or (None if density is None else method.unreachable(config, density))
 
 
-def _contexts(model: str, config: Any, asked: Sequence[int] | None) -> Sequence[int]:
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+def _contexts(model: str, config: Any, asked: Sequence[int] | None, stepping: bool) -> Sequence[int]:
+    """The contexts of a model's cells. `stepping`: tokens follow the context, as they do when steps are timed.
+
+    Rotary embeddings reach past the positions of their training; a table of positions ends where it ends.
+    """
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if not positions:
+        return asked or [512]
+    most: int = positions
+    if stepping and not getattr(text, "rope_parameters", None):
+        from .latency import ROOM
+
+        most = positions - ROOM
+        if most < 1:
+            raise UsageError(
+                f"{model} has {positions} positions and the steps after a context take {ROOM}: use real weights with "
+                "--no-latency, or another model."
+            )
     if asked is None:
-        return [min(512, positions * 3 // 4) if positions else 512]
-    if positions and max(asked) > positions:
-        raise UsageError(f"--context {max(asked)} is more than the {positions} positions of {model}: give less.")
+        return [min(512, positions * 3 // 4, most)]
+    if max(asked) > most:
+        why = f"the {positions} positions of {model}"
+        why += "" if most == positions else f" hold beside {positions - most} steps"
+        raise UsageError(f"--context {max(asked)} is more than {why}: give {most} or less.")
     return asked
+
+
+def _files(spec: ModelSpec, text: str, tasks: Sequence[str]) -> str:
+    """A hash over the local files that cells read: those of the model and the tasks by size and time of change, the
+    corpus by the hash of its text. Empty where there are none, so that named things keep their keys."""
+    from .tasks import is_yaml
+
+    folder = spec.path if spec.path and spec.kind == "real" else None
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in MODEL_FILES] if folder else []
+    files += [Path(name) for name in tasks if is_yaml(name)]
+    stamps = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(f"{text}{stamps}".encode()).hexdigest()[:16] if text or stamps else ""
 
 
 def _tasks(text: str) -> tuple[str, ...]:

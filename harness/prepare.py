@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from methods.errors import UsageError
 
 from . import plan
+from .plan import Cell
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,26 +48,46 @@ def main(args: argparse.Namespace) -> int:
     from .corpus import load_corpus
     from .progress import Display
 
-    groups: dict[tuple[str, str, tuple[tuple[str, object], ...]], list[float | None]] = {}
+    groups: dict[tuple[object, ...], list[Cell]] = {}
     for cell in cells:
         if cell.not_applicable:
             print(f"note: {cell.not_applicable}", file=sys.stderr)
         else:
-            groups.setdefault((cell.model, cell.method, tuple(cell.options.items())), []).append(cell.density)
+            groups.setdefault((cell.model, cell.method, tuple(cell.options.items())), []).append(cell)
     from methods.registry import create
 
+    targets = _targets(args.save, [cell for group in groups.values() for cell in group]) if args.save else {}
+    for place in targets.values():
+        artifacts.ensure_writable(place, "choose another --save")
     corpus = load_corpus(args.corpus)
     with Display([1.0] * len(groups)) as display:
-        for (name, method_name, given), densities in groups.items():
-            method = create(method_name, dict(given))
-            loaded = models.load(models.resolve(name), "real", cells[0].device, cells[0].dtype, args.seed)
-            with display.cell(f"{method_name} on {name}"):
+        for group in groups.values():
+            first, densities = group[0], [cell.density for cell in group]
+            method = create(first.method, first.options)
+            loaded = models.load(models.resolve(first.model), "real", first.device, first.dtype, args.seed)
+            with display.cell(f"{first.method} on {first.model}"):
                 found = artifacts.obtain(loaded, method, densities, corpus, args.seed, display, args.force)
-                for density, artifact in zip(densities, found, strict=True):
+                for cell, artifact in zip(group, found, strict=True):
                     spent = artifact.manifest.get("seconds")
-                    display.say(f"  {method_name} {density}: {artifact.hash}, prepared in {spent} s")
-                    if args.save and machine.rank() == 0:
-                        suffix = "" if density is None else f"-{density:g}"
-                        place = Path(args.save) / Path(name).name / f"{method_name}{suffix}"
-                        display.say(f"  saved in {artifact.save_pretrained(place)}")
+                    display.say(f"  {cell.method} {cell.density}: {artifact.hash}, prepared in {spent} s")
+                    if cell in targets and machine.rank() == 0:
+                        display.say(f"  saved in {artifact.save_pretrained(targets[cell])}")
     return 0
+
+
+def _targets(save: str, cells: Sequence[Cell]) -> dict[Cell, Path]:
+    """Where each artifact goes, with the options in names that would be the same. UsageError if these do not help."""
+
+    def place(cell: Cell, full: bool) -> Path:
+        options = [f"{name}={value}" for name, value in cell.options.items()] if full else []
+        density = [] if cell.density is None else [f"{cell.density:g}"]
+        return Path(save).expanduser() / Path(cell.model).name / "-".join([cell.method, *options, *density])
+
+    short = Counter(place(cell, False) for cell in cells)
+    targets = {cell: place(cell, short[place(cell, False)] > 1) for cell in cells}
+    for target, number in Counter(targets.values()).items():
+        if number > 1:
+            raise UsageError(
+                f"{number} artifacts would be saved as '{target}': prepare them one by one, each with a --save."
+            )
+    return targets

@@ -14,7 +14,7 @@ from methods.base import CONTROLS
 from . import stats
 from .machine import kind
 from .plan import BASELINES
-from .store import Record, place
+from .store import Record, place, same_content
 
 BUDGETS = (1.0, 3.0)  # per cent of accuracy that a cell may lose; only cells within the last one are ranked
 # A table's rows agree in these; with `seed`, which rows of one cell may differ in, it is the whole setting of a cell.
@@ -322,15 +322,21 @@ def _setting_order(found: Group) -> tuple[Any, ...]:
 
 def _group(records: list[Record]) -> Group:
     measured = sorted((r for r in records if r["status"] == "ok"), key=lambda r: r["cell"].get("timed", True))
-    dense = {r["cell"]["seed"]: r for r in measured if r["cell"]["method"] == "dense"}
+    dense = [r for r in measured if r["cell"]["method"] == "dense"]
     found = Group(
         records[0]["machine"],
         {name: records[0]["cell"].get(name) for name in SHARED},
-        sorted(combine(Row(r, dense.get(r["cell"]["seed"])) for r in measured), key=order),
+        sorted(combine(Row(r, _dense_of(r, dense)) for r in measured), key=order),
         [r for r in records if r["status"] != "ok"],
     )
     rank(found)
     return found
+
+
+def _dense_of(record: Record, dense: Iterable[Record]) -> Record | None:
+    """The last dense record of the same seed, weights and text; a folder may hold others than it did."""
+    alike = [d for d in dense if d["cell"]["seed"] == record["cell"]["seed"] and same_content(record, d)]
+    return alike[-1] if alike else None
 
 
 def combine(rows: Iterable[Row]) -> list[Row]:

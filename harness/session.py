@@ -55,6 +55,7 @@ class Session:
         self.shape = cost.Shape.of(self.model)
         self.corpus: Corpus | None = None if self.synthetic else load_corpus(cell.corpus)
         self.windows, self.bytes_per_token = self._windows(cell)
+        self._check_tasks()
         self._check_artifacts()
         self.dense = fidelity.DenseReference()
         self.bandwidth = self._bandwidth()
@@ -73,6 +74,14 @@ class Session:
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "architecture": self.loaded.config.model_type,
         }
+
+    def _check_tasks(self) -> None:
+        """Reads their data: what cannot be loaded ends the run now, not after each cell's perplexity."""
+        tasks = dict.fromkeys(name for cell in self.cells for name in cell.tasks)
+        if tasks:
+            from .accuracy import load
+
+            load(tasks, self.cells[0].seed, self.corpus)
 
     def _check_artifacts(self) -> None:
         """Reads what is prepared already: a damaged artifact ends the run now, not after an hour."""

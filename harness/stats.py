@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import comb
+from math import comb, inf
 
 import numpy as np
 
@@ -20,7 +20,7 @@ BLOCK = 1 << 19  # numbers in memory at once
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its bootstrap percentile interval."""
+    """An estimate with its bootstrap percentile interval; without limits where the data tell nothing of its spread."""
 
     estimate: float
     low: float
@@ -82,9 +82,12 @@ def difference(
     """Mean of `candidate - baseline`, with the paired bootstrap interval (Efron and Tibshirani 1993, ch. 13).
 
     The items are resampled with replacement, both scores of an item together. `weights`: an item's share in the mean
-    (for windows of unequal length, their scored tokens). Raises ValueError on empty or unequal lists.
+    (for windows of unequal length, their scored tokens). One item has a spread that nobody knows: its interval has no
+    limits. Raises ValueError on empty or unequal lists.
     """
     delta, weight = _delta(candidate, baseline, weights)
+    if len(delta) < 2:
+        return Interval(float(delta[0]), -inf, inf)
     draws = _resampled(delta, weight, resamples, np.random.default_rng(seed))
     return _percentiles(float(np.average(delta, weights=weight)), draws)
 

@@ -24,6 +24,7 @@ except ImportError:  # Windows: one process at a time
 
 SCHEMA = 1
 FILE = "records.jsonl"
+NEEDED = {"key": str, "status": str, "cell": dict, "machine": dict, "time": str}  # what every reader relies on
 FINISHED = ("ok", "not-applicable")
 
 Record = dict[str, Any]
@@ -79,14 +80,13 @@ def load(out: str | Path) -> list[Record]:
         if not line.strip():
             continue
         record = _parse(line)
-        if record is None:
-            if number == len(lines):  # torn by a kill in the middle of a write
-                break
+        if record is None and number == len(lines):  # torn by a kill in the middle of a write
+            break
+        schema = record.get("schema", 0) if record else None
+        if isinstance(schema, int) and schema > SCHEMA:
+            raise UsageError(f"'{path}' has records of schema {schema}, this version reads up to {SCHEMA}: update it.")
+        if record is None or not all(isinstance(record.get(name), kind) for name, kind in NEEDED.items()):
             raise UsageError(f"line {number} of '{path}' is not a record: restore or remove that line.")
-        if record.get("schema", 0) > SCHEMA:
-            raise UsageError(
-                f"'{path}' has records of schema {record['schema']}, this version reads up to {SCHEMA}: update it."
-            )
         records.append(record)
     return records
 
@@ -103,6 +103,15 @@ def place(record: Record) -> str:
     if record["cell"].get("timed", True):
         return str(record["machine"].get("identity"))
     return machine.kind(record["machine"])
+
+
+def same_content(one: Record, other: Record) -> bool:
+    """Whether two records are of the same weights and text, as far as both tell."""
+    for part, name in (("model", "fingerprint"), ("corpus", "hash")):
+        found = {(record.get(part) or {}).get(name) for record in (one, other)} - {None}
+        if len(found) > 1:
+            return False
+    return True
 
 
 def latest(records: Iterable[Record]) -> list[Record]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .doubts import MISSED
-from .formats import NONE, count, github, interval, number, percent
+from .formats import NONE, count, ends, github, interval, number, percent
 from .grids import Grid
 from .rows import BUDGETS, PREDICTED, Group, Row, is_share
 
@@ -174,17 +174,15 @@ def task_column(name: str, group: Group) -> Column:
         if name not in row.tasks:
             return value(row)
         pair = row.tasks[name]
-        low, high = (f"{x * scale:+.1f}" for x in (pair.difference.low, pair.difference.high))
+        points = pair.difference.scaled(scale)
         p = "" if pair.p is None else f", p {pair.p:.2g}"
-        return f"{value(row)}; {pair.difference.estimate * scale:+.1f} [{low}, {high}]{p}"
+        return f"{value(row)}; {points.estimate:+.1f}{ends(points, '+.1f')}{p}"
 
     def brief(row: Row) -> str:
         return f"{value(row)} ({row.tasks[name].difference.estimate * scale:+.1f})" if name in row.tasks else value(row)
 
-    points = "points" if share else "difference"
-    return Column(
-        f"{title}; {points} to dense [95 %], McNemar p", text, f"{name.replace('_', ' ')}\n(Δ {points})", brief
-    )
+    unit = "points" if share else "difference"
+    return Column(f"{title}; {unit} to dense [95 %], McNemar p", text, f"{name.replace('_', ' ')}\n(Δ {unit})", brief)
 
 
 def site_columns(group: Group) -> list[Column]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def _row(row: Row, table: Group) -> dict[str, Any]:
         "limit": latency.get("fraction_of_limit"),
         "time": (latency.get("breakdown") or {}).get("ms"),
         "dense": dense_baselines(Group(table.machine, table.setting, [row], [])),
-        "loss": None if row.is_baseline else row.loss,
+        "loss": None if row.is_baseline else row.loss and row.loss[:1],
         "budget": budget(row),
         "ranks": [None if rank is None else {"place": rank.place, "text": text} for rank, text in ranks],
         "tasks": delta and _interval(Interval(100 * delta.estimate, 100 * delta.low, 100 * delta.high)),
@@ -126,7 +127,9 @@ def _claim(found: claims.Finding) -> dict[str, Any]:
 
 
 def _interval(value: Interval | None) -> list[float] | None:
-    return None if value is None else [value.estimate, value.low, value.high]
+    if value is None:
+        return None
+    return [value.estimate, value.low, value.high] if isfinite(value.high) else [value.estimate]
 
 
 def _scaled(value: float | None, unit: float) -> float | None:

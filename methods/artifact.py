@@ -71,7 +71,7 @@ class Artifact:
         """Writes the two files; a reader never sees half of them, because the folder appears under its name at once."""
         from safetensors.torch import save_file
 
-        target = Path(folder)
+        target = Path(folder).expanduser()
         scratch = target.with_name(f".{target.name}.{os.getpid()}")
         scratch.mkdir(parents=True, exist_ok=True)
         config = {
@@ -94,7 +94,7 @@ class Artifact:
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str]) -> Artifact:
         """Reads a folder, or a hub repository 'org/name'. Raises UsageError when it is missing or damaged."""
-        folder = Path(source)
+        folder = Path(source).expanduser()
         if not folder.is_dir():
             folder = _download(str(source))
         try:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from math import isfinite
 from typing import Any, get_type_hints
 
 from .base import Method
@@ -84,6 +85,9 @@ def _convert(spec: str, key: str, value: str, kind: type) -> Any:
     try:
         if kind is bool:
             return {"true": True, "1": True, "false": False, "0": False}[value.lower()]
-        return kind(value)
+        converted = kind(value)
+        if kind is float and not isfinite(converted):
+            raise ValueError
+        return converted
     except (KeyError, ValueError):
         raise UsageError(f"'{value}' in '{spec}' is not a valid {kind.__name__} for '{key}'.") from None

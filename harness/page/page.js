@@ -27,7 +27,8 @@ function number(value, digits = 3) {
 }
 const plain = (value) => value.toLocaleString("en-US", { maximumSignificantDigits: 3 });
 const percent = (value) => (value === null || value === undefined ? NONE : `${number(100 * value)} %`);
-const interval = (v, digits = 3) => (v ? `${v[0].toFixed(digits)} [${v[1].toFixed(digits)}, ${v[2].toFixed(digits)}]` : NONE);
+/** An estimate with its interval, where it has one. */
+const interval = (v, digits = 3) => (v ? v[0].toFixed(digits) + (v.length > 1 ? ` [${v[1].toFixed(digits)}, ${v[2].toFixed(digits)}]` : "") : NONE);
 
 // ---- methods: a colour (Okabe and Ito's) and a marker each, by place in the registry; of one method, its variants
 

@@ -145,6 +145,12 @@ def test_an_unusable_file_gets_a_suggestion(tmp_path, name: str, content: str, s
         load_corpus(str(tmp_path / name))
 
 
+def test_a_folder_may_have_the_name_of_a_file(stories) -> None:
+    before = load_corpus(str(stories)).hash
+    (stories.parent / "more.txt").mkdir()
+    assert load_corpus(str(stories.parent)).hash == before
+
+
 def test_a_folder_without_text_gets_a_suggestion(tmp_path) -> None:
     with pytest.raises(UsageError, match="no .txt or .jsonl"):
         load_corpus(str(tmp_path))

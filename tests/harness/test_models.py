@@ -136,6 +136,35 @@ def test_damaged_weights_are_found_before_loading(broken: Path, damage: Any, wor
     models.check(spec, "synthetic")
 
 
+def test_parameters_that_the_checkpoint_does_not_fill_are_not_drawn(broken: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    spec, file, config = models.resolve(str(broken)), broken / "model.safetensors", broken / "config.json"
+    weights = load_file(file)
+    lost = sorted(name for name in weights if "layers.1.mlp" in name)
+    save_file({name: weight for name, weight in weights.items() if name not in lost}, file, {"format": "pt"})
+    with pytest.raises(UsageError, match=rf"lack 3 of the .* \({lost[0]} and 2 more\): restore"):
+        models.load(spec, "real", "cpu")
+    save_file(weights, file, {"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 48}))
+    with pytest.raises(UsageError, match=r"have other shapes for 6 of the .*layers.0.mlp.down_proj.weight and 5 more"):
+        models.load(spec, "real", "cpu")
+
+
+def test_tied_weights_are_not_missing(broken: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    spec, file, config = models.resolve(str(broken)), broken / "model.safetensors", broken / "config.json"
+    weights = load_file(file)
+    del weights["lm_head.weight"]
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(UsageError, match=r"lack 1 of the .* \(lm_head.weight\)"):
+        models.load(spec, "real", "cpu")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"tie_word_embeddings": True}))
+    loaded = models.load(spec, "real", "cpu").model
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
 def test_missing_shard(broken: Path) -> None:
     (broken / "model.safetensors").unlink()
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}

@@ -2,7 +2,10 @@
 
 import argparse
 import dataclasses
+import hashlib
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from harness import plan, session, workers
+from harness import latency, plan, session, workers
 from harness.plan import Cell
 from methods import families
 from methods.errors import UsageError
@@ -96,6 +99,30 @@ def test_context_defaults_to_what_the_model_holds(tiny: str) -> None:
         cells(*local, "--context", "100,600")
 
 
+def test_a_table_of_positions_leaves_room_for_the_steps(tiny: str) -> None:
+    relu = ["--model", "reference-relu", "--weights", "real", "--methods", "dense", "--tasks", "none"]
+    most = 512 - latency.ROOM
+    for flags in ([], ["--no-latency", "--weights", "synthetic"]):
+        assert {c.context for c in cells(*relu, *flags, "--context", str(most))} == {most}
+        with pytest.raises(UsageError, match=f"give {most} or less"):
+            cells(*relu, *flags, "--context", f"100,{most + 1}")
+    assert {c.context for c in cells(*relu, "--no-latency", "--context", "512")} == {512}
+    assert {c.context for c in cells("--model", tiny, "--methods", "dense", "--context", "512")} == {512}  # rotary
+
+
+@pytest.mark.parametrize(("positions", "default"), [(1024, 512), (100, 100 - latency.ROOM), (latency.ROOM, None)])
+def test_the_default_context_leaves_room_too(positions: int, default: int | None, tmp_path: Path) -> None:
+    from transformers import OPTConfig
+
+    OPTConfig(max_position_embeddings=positions).save_pretrained(tmp_path)
+    small = ["--model", str(tmp_path), "--methods", "dense"]
+    if default:
+        assert {c.context for c in cells(*small)} == {default}
+    else:
+        with pytest.raises(UsageError, match="with --no-latency, or another model"):
+            cells(*small)
+
+
 def test_weights_kinds_and_tasks(tiny: str) -> None:
     (dense, *_) = cells("--model", tiny, "--weights", "real")
     assert dense.weights == "real" and dense.tasks == tuple(plan.OFFLINE_TASKS.split(","))
@@ -144,7 +171,7 @@ def test_cell_key_names_everything_that_decides_a_result() -> None:
     other: dict[str, Any] = {
         "model": "x", "weights": "real", "method": "y", "options": {"a": 1}, "density": 0.4, "mode": "all", "batch": 2,
         "context": 9, "tasks": ("t",), "corpus": "c", "limit": 3, "seed": 5, "device": "cuda", "dtype": "float16",
-        "timed": False,
+        "timed": False, "files": "f",
     }  # fmt: skip
     assert set(other) == {f.name for f in dataclasses.fields(Cell)} - {"not_applicable"}
     keys = {dataclasses.replace(cell, **{name: value}).cell_key("source", "machine") for name, value in other.items()}
@@ -162,6 +189,39 @@ def test_cell_key_does_not_depend_on_the_process() -> None:
     keys = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout for _ in range(2)}
     same = Cell("m", "real", "teal", {"a": "x", "b": 1}, 0.5, "decode", 1, 512, ("t",), "c", 9, 0, "cpu", "float32")
     assert keys == {same.cell_key("s", "m") + "\n"}
+
+
+def test_changed_local_files_have_other_keys(tiny: str, tmp_path: Path) -> None:
+    """An hour later the same path may hold other weights, text or tasks."""
+    folder, corpus, task = Path(shutil.copytree(tiny, tmp_path / "m")), tmp_path / "c.txt", tmp_path / "t.yaml"
+    corpus.write_text("\n\n".join(f"paragraph {i}" for i in range(100)))
+    task.write_text("task: t")
+
+    def key() -> str:
+        local = ["--model", str(folder), "--weights", "real", "--corpus", str(corpus), "--tasks", str(task)]
+        return cells(*local, "--methods", "dense")[0].cell_key("s", "m")
+
+    keys = [key(), key()]
+    (folder / "README.md").write_text("describes it")
+    keys.append(key())
+    assert len(set(keys)) == 1
+    weights = folder / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    keys.append(key())
+    corpus.write_text(corpus.read_text().replace("7", "8x"))
+    keys.append(key())
+    task.write_text("task: other")
+    keys.append(key())
+    assert len(set(keys)) == 4
+
+
+@pytest.mark.parametrize("model", ["reference", "opt-125m"])
+def test_named_models_corpora_and_tasks_have_no_files(model: str) -> None:
+    weights = "real" if model == "reference" else "synthetic"
+    cell = cells("--model", model, "--weights", weights, "--methods", "dense")[0]
+    assert cell.files == "" and "files" not in cell.to_dict()
+    content = json.dumps([cell.to_dict(), "s", "m"], sort_keys=True, separators=(",", ":"))
+    assert cell.cell_key("s", "m") == hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 def test_cell_survives_json() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from harness import formats, grids, plots, report, rows, store, tables
+from harness import formats, grids, plots, report, rows, store, tables, webpage
 from harness.doubts import doubts_of
 from methods.errors import UsageError
-from tests.harness.fabricated import FULL, GPU, record, synthetic, write
+from tests.harness.fabricated import FULL, GPU, TASKS, record, synthetic, write
 
 
 def page(records: list[dict[str, Any]]) -> str:
@@ -71,6 +71,36 @@ def test_perplexity_ratio_is_weighted_by_tokens() -> None:
     sparse["items"] |= {"nll": [1.0, 2.0], "tokens": [300, 100]}
     ratio = rows.Row(sparse, dense).perplexity_ratio
     assert ratio is not None and ratio.estimate == pytest.approx(2.718281828**0.25)
+
+
+def test_what_rests_on_one_item_is_uncertain() -> None:
+    def short(*cell: Any) -> dict[str, Any]:
+        """Of one window, and of one item of a task."""
+        made = record(*cell)
+        made["items"] = {name: scores[:1] for name, scores in made["items"].items() if name != TASKS[1]}
+        return made
+
+    (found,) = rows.group([short(), short("teal", 0.99)])
+    assert tables.budget(found.rows[-1]) == "≤ 1 % ?"
+    assert tables.budget(rows.group([record(), record("teal", 0.99)])[0].rows[-1]) == "≤ 1 %"
+    texts = {column.title: column.text(found.rows[-1]) for column in tables.quality_columns(found)}
+    assert texts["perplexity ÷ dense [95 %]"] == "1.000" and not any("inf" in text for text in texts.values())
+    assert webpage.page({"set": [found]})  # JSON has no infinity
+    assert [row["ratio"] and len(row["ratio"]) for row in webpage.data({"set": [found]})["rows"]] == [None, 1]
+
+
+def test_what_has_other_weights_or_text_is_not_compared() -> None:
+    """As after a model's folder was written anew: the old rows lose their baseline, the new ones keep theirs."""
+
+    def of(weights: str, text: str, *cell: Any) -> dict[str, Any]:
+        return record(*cell) | {"model": {"fingerprint": weights}, "corpus": {"hash": text}}
+
+    made = [of("b", "x"), of("a", "x", "teal", 0.4), of("b", "y", "lte", 0.4), of("b", "x", "spark", 0.4)]
+    (found,) = rows.group([*made, record("polar", 0.4)])
+    compared = {row.method for row in found.rows if row.loss is not None and row.method != "dense"}
+    assert compared == {"spark", "polar"}  # a record that does not tell is taken as it is
+    assert "not all rows are of the same weights and text" in doubts_of(found.rows)
+    assert "not all rows are of the same weights and text" not in doubts_of(rows.group(FULL)[0].rows)
 
 
 def test_items_of_other_length_are_not_compared() -> None:

@@ -150,7 +150,7 @@ def test_a_process_tells_which_cells_failed(model: str, tmp_path: Path, monkeypa
     threads = torch.get_num_threads()
     lost = workers._work(cells, str(tmp_path / "out"), "source", "here", threads)
     assert [text.split(" on ")[0] for text in lost] == [f"teal:allocation=uniform {d}" for d in (0.7, 0.5)]
-    assert all("failed: NotADirectoryError" in text for text in lost)
+    assert all("set ACTIVATION_SPARSITY_CACHE to another folder" in text for text in lost)
     status = {name: record["status"] for name, record in by_method(tmp_path / "out").items()}
     assert status == {"dense None": "ok", "null None": "ok", "teal 0.7": "failed", "teal 0.5": "failed"}
 
@@ -246,6 +246,40 @@ def test_prepare_saves_an_artifact_that_others_load(model: str, tmp_path: Path) 
     assert artifact.method == "teal" and artifact.density == 0.5 and artifact.manifest["corpus"]["name"] == "stdlib"
 
 
+def test_artifacts_are_saved_beside_each_other(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    two = "teal:allocation=uniform,teal:windows=8:allocation=uniform,null"
+    arguments = ["prepare", "--model", model, "--methods", two, "--density", "0.5,0.6"]
+    assert cli.main([*arguments, "--save", "~/kept"]) == 0
+    found = {
+        folder.name: load_artifact(f"~/kept/{Path(model).name}/{folder.name}") for folder in tmp_path.glob("kept/*/*")
+    }
+    expected = {
+        f"teal-{options}-{d}" for options in ("allocation=uniform", "windows=8-allocation=uniform") for d in (0.5, 0.6)
+    }
+    assert set(found) == expected and len({artifact.hash for artifact in found.values()}) == 4
+    capsys.readouterr()
+    assert cli.main([*arguments[:-1], "0.5,0.50000001", "--save", str(tmp_path)]) == 2
+    assert "2 artifacts would be saved as" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("blocked", ["kept", "kept/model", "kept/model/teal-0.5"])
+def test_folders_that_take_no_artifact_are_found_before_the_model_is_loaded(
+    model: str, blocked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from harness import models
+
+    file = tmp_path / blocked.replace("model", Path(model).name)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("")
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("loaded"))
+    arguments = ["prepare", "--model", model, "--methods", "teal", "--density", "0.5", "--save", str(tmp_path / "kept")]
+    assert cli.main(arguments) == 2
+    assert "choose another --save" in capsys.readouterr().err
+
+
 def test_quality_without_latency_is_a_cell_of_its_own(model: str, tmp_path: Path) -> None:
     asked = command(model, tmp_path, "--tasks", "none", "--density", "0.5")
     assert cli.main([*asked, "--no-latency"]) == 0
@@ -322,6 +356,19 @@ def test_a_wrong_or_damaged_artifact_ends_the_run_before_it_measures(
     assert cli.main([*arguments, "--force"]) == 2
     assert "harness prepare --force" in capsys.readouterr().err
     assert store.load(tmp_path / "out") == before
+
+
+def test_tasks_without_their_data_end_the_run_before_it_measures(
+    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = tmp_path / "lost.yaml"
+    task.write_text(
+        f"task: lost\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/lost.jsonl}}}}\n"
+        "test_split: test\noutput_type: generate_until\ndoc_to_text: '{{a}}'\ndoc_to_target: '{{b}}'\n"
+    )
+    assert cli.main(command(model, tmp_path / "out", "--tasks", str(task))) == 2
+    assert "cannot load the data of task" in capsys.readouterr().err
+    assert store.load(tmp_path / "out") == []
 
 
 def test_measuring_under_a_launcher_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

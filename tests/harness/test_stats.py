@@ -69,6 +69,12 @@ def test_difference_is_paired_deterministic_and_weighted() -> None:
             stats.difference(*bad)
 
 
+def test_one_item_has_no_interval() -> None:
+    found = stats.difference([1.5], [1.0], weights=[512])
+    assert found == stats.Interval(0.5, -float("inf"), float("inf"))
+    assert stats.compare([1.5], [1.0]).difference == found
+
+
 def test_compare_tests_only_binary_scores() -> None:
     assert stats.compare([1, 0, 1.0], [0, 0, 1]).p == 1.0
     assert stats.compare([0.5, 0], [0, 0]).p is None

@@ -18,14 +18,15 @@ import sys
 from harness import store
 n = int(sys.argv[2])
 while True:
-    store.append(sys.argv[1], {"key": str(n), "status": "ok", "pad": "x" * 20000})
+    rest = {"status": "ok", "cell": {}, "machine": {}, "time": "", "pad": "x" * 20000}
+    store.append(sys.argv[1], {"key": str(n), **rest})
     print(n, flush=True)  # acknowledged
     n += 1
 """
 
 
 def entry(key: str, status: str = "ok") -> store.Record:
-    return {"key": key, "status": status}
+    return {"key": key, "status": status, "cell": {}, "machine": {}, "time": "2026-01-01T00:00:00+00:00"}
 
 
 def keys(folder: Path) -> list[str]:
@@ -92,8 +93,18 @@ def test_damage_in_the_middle_is_an_error(tmp_path: Path) -> None:
         store.load(tmp_path)
 
 
+@pytest.mark.parametrize("line", ['{"hello": 1}', '{"schema": "v3"}', "{}", '{"key": "a", "status": "ok"}'])
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_json_that_is_no_record_is_an_error(line: str, end: str, tmp_path: Path) -> None:
+    """Also as the last line: what a kill leaves of a record is no JSON object."""
+    (tmp_path / store.FILE).write_text(f"{json.dumps(entry('a'))}\n{line}{end}")
+    for read in (store.load, store.done_keys):
+        with pytest.raises(UsageError, match="line 2 of .* is not a record"):
+            read(tmp_path)
+
+
 def test_newer_schema_is_an_error(tmp_path: Path) -> None:
-    store.append(tmp_path, {**entry("a"), "schema": store.SCHEMA + 1})
+    store.append(tmp_path, {"schema": store.SCHEMA + 1, "written": "in another way"})
     with pytest.raises(UsageError, match="update"):
         store.load(tmp_path)
 
