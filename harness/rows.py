@@ -14,7 +14,7 @@ from methods.base import CONTROLS
 from . import stats
 from .machine import kind
 from .plan import BASELINES
-from .store import Record, place, same_content
+from .store import Record, mean, mean_record, place, same_content
 
 BUDGETS = (1.0, 3.0)  # per cent of accuracy that a cell may lose; only cells within the last one are ranked
 # A table's rows agree in these; with `seed`, which rows of one cell may differ in, it is the whole setting of a cell.
@@ -22,7 +22,6 @@ SHARED = ("model", "weights", "mode", "batch", "context", "corpus", "tasks", "li
 SETTING = (*SHARED, "seed")
 PREDICTED = ("heads", "ffn")  # sites under which a manifest says how good its predictors are
 LORA = "-lora"  # ends the name of a method whose `lora_rank` is set
-MEASURED = ("density", "cost", "fidelity", "accuracy", "latency", "prepare")  # sections that seeds are averaged over
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Row:
         """By site and block, what predictors caught of held-out tokens; means over seeds, empty without predictors."""
         manifests = [row.part("artifact").get("manifest") or {} for row in self.repeats or [self]]
         judged = [{site: found[site] for site in PREDICTED if site in found} for found in manifests]
-        return _mean(judged) or {}
+        return mean(judged) or {}
 
     @property
     def speedup(self) -> stats.Interval | None:
@@ -353,34 +352,15 @@ def _joined(repeats: list[Row]) -> Row:
     if len(repeats) == 1:
         return repeats[0]
     dense = [row.dense for row in repeats if row.dense]
-    record = _mean_record([row.record for row in repeats])
+    record = mean_record([row.record for row in repeats])
     source = max(repeats, key=lambda row: str(row.record["time"])).source
-    found = Row(record, _mean_record(dense) if len(dense) == len(repeats) else None, source=source, repeats=repeats)
+    found = Row(record, mean_record(dense) if len(dense) == len(repeats) else None, source=source, repeats=repeats)
     if record.get("latency"):  # without samples there is no interval that includes the seed
         ratio = found.speedup_over(None)
         ends = [ratio.low, ratio.high] if ratio else None
         verdict = stats.verdict((ratio.low, ratio.high)) if ratio else None
         record["latency"] |= {"speedup": ratio and ratio.estimate, "ci": ends, "verdict": verdict}
     return found
-
-
-def _mean_record(records: list[Record]) -> Record:
-    """The newest record, with what was measured averaged."""
-    newest = max(records, key=lambda record: str(record["time"]))
-    return {**newest, "items": {}, **{name: _mean([record.get(name) for record in records]) for name in MEASURED}}
-
-
-def _mean(values: list[Any]) -> Any:
-    """Numbers averaged through all levels, over the values that have them; of anything else the last value."""
-    known = [value for value in values if value is not None and value != {}]
-    if known and all(isinstance(value, dict) for value in known):
-        names = [name for name in dict.fromkeys(n for value in known for n in value) if name != "samples"]
-        return {name: _mean([value[name] for value in known if name in value]) for name in names}
-    if known and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in known):
-        return known[0] if len(set(known)) == 1 else sum(known) / len(known)
-    if known and all(isinstance(value, list) and len(value) == len(known[0]) for value in known):
-        return [_mean(list(members)) for members in zip(*known, strict=True)]
-    return known[-1] if known else values[-1]
 
 
 def order(row: Row) -> tuple[int, str, str, float]:

@@ -22,6 +22,7 @@ try:
 except ImportError:  # Windows: one process at a time
     fcntl = None  # type: ignore[assignment]
 
+MEASURED = ("density", "cost", "fidelity", "accuracy", "latency", "prepare")  # sections that seeds are averaged over
 SCHEMA = 1
 FILE = "records.jsonl"
 NEEDED = {"key": str, "status": str, "cell": dict, "machine": dict, "time": str}  # what every reader relies on
@@ -176,3 +177,22 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return _plain(value.tolist())
     return str(value)
+
+
+def mean_record(records: list[Record]) -> Record:
+    """The newest record, with what was measured averaged."""
+    newest = max(records, key=lambda record: str(record["time"]))
+    return {**newest, "items": {}, **{name: mean([record.get(name) for record in records]) for name in MEASURED}}
+
+
+def mean(values: list[Any]) -> Any:
+    """Numbers averaged through all levels, over the values that have them; of anything else the last value."""
+    known = [value for value in values if value is not None and value != {}]
+    if known and all(isinstance(value, dict) for value in known):
+        names = [name for name in dict.fromkeys(n for value in known for n in value) if name != "samples"]
+        return {name: mean([value[name] for value in known if name in value]) for name in names}
+    if known and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in known):
+        return known[0] if len(set(known)) == 1 else sum(known) / len(known)
+    if known and all(isinstance(value, list) and len(value) == len(known[0]) for value in known):
+        return [mean(list(members)) for members in zip(*known, strict=True)]
+    return known[-1] if known else values[-1]
