@@ -102,9 +102,12 @@ class Bench:
             progress(rounds, MAX_ROUNDS)
         if sparse and not self.gpu:
             self.count(handle)
-        regret = max((self._checked(handle, r, ends[r.name], check) for r in sparse), default=None)
+        texts = [self._again(handle, runner, ends[runner.name], runner is sparse[-1]) for runner in sparse]
         found = self._block(blocks, sparse, stop, timed_step())
-        found["regret"] = regret
+        checked = (
+            check(text, WARM_STEPS + steps, runner.decoder.cache) for text, runner in zip(texts, sparse, strict=True)
+        )
+        found["regret"] = max(checked, default=None)
         found["watch"] = _disturbances(watched)
         energy = {r.name: self._energy(handle, r) for r in runners if r.name in (found["runner"], found["baseline"])}
         found["energy"] = energy[found["runner"]]
@@ -129,17 +132,18 @@ class Bench:
                 self.energy[runner.name] = energy(runner, machine.energy_counter(self.device))
         return self.energy[runner.name]
 
-    def _checked(
-        self, handle: SparseModel, runner: Runner, ends: list[Tensor], check: Callable[[Tensor, int, Any], float]
-    ) -> float:
-        """What was timed is what is checked, and whose selections are counted: the same steps again, which must end in
-        the tokens that every block ended in."""
+    def _again(self, handle: SparseModel, runner: Runner, ends: list[Tensor], counted: bool) -> Tensor:
+        """The text of the timed steps, run once more: what was timed is what is checked, and whose selections are
+        counted. They must end in the tokens that every block ended in.
+
+        counted: of the runner that was captured last, whose counts the layers keep.
+        """
         steps = WARM_STEPS + (GPU_STEPS if self.gpu else CPU_STEPS)
         with handle.sparse():
-            text = runner.text(steps, lambda: self._count(handle))
+            text = runner.text(steps, (lambda: self._count(handle)) if counted else (lambda: None))
         if not all(torch.equal(text[:, -1:], end) for end in ends):
             raise RuntimeError(f"{runner.name}: timed steps ended in other tokens than the same steps run again")
-        return check(text, steps, runner.decoder.cache)
+        return text
 
     def _breakdown(self, handle: SparseModel, runners: list[Runner], notes: list[str]) -> dict[str, Any] | None:
         """Of the decode runtime where it runs: only its kernels have a class of their own each."""
