@@ -56,3 +56,8 @@ def agree(actual: Tensor, expected: Tensor) -> bool:
     """Whether the error is that of rounding, and exact zeros are exact."""
     error = (actual.double() - expected).norm()
     return bool(error <= TOLERANCE[actual.dtype] * expected.norm()) and bool((actual[expected == 0] == 0).all())
+
+
+def far(width):
+    """[3, width], whose rows are too far from each other for 32-bit offsets; nobody may read it."""
+    return torch.empty_strided((3, width), (2**30, 1), device="meta")

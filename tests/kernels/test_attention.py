@@ -207,6 +207,7 @@ INT = dict(dtype=torch.int32)
         (dict(lengths=torch.zeros(3, **INT)), "lengths must be contiguous"),
         (dict(heads=(torch.zeros(2, 3, **INT), torch.zeros(2, **INT))), "lists KV groups, each kept with all"),
         (dict(heads=(torch.zeros(2, **INT), torch.zeros(2, **INT))), "1 to 2 slots per sequence"),
+        (dict(heads=(torch.zeros(2, 1, **INT), None)), "an index and a count, got one of them"),
         (dict(heads=(torch.zeros(2, 1), torch.zeros(2, **INT))), "index must be contiguous torch.int32"),
         (dict(heads=(torch.zeros(2, 2, **INT).T, torch.zeros(2, **INT))), "index must be contiguous torch.int32"),
         (dict(heads=(torch.zeros(2, 1, **INT), torch.zeros(1, **INT))), "count must be contiguous torch.int32"),

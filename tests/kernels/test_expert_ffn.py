@@ -181,6 +181,16 @@ def test_expert_ffn_prefill_twice_is_the_same_to_the_bit(device):
     assert torch.equal(expert_ffn_prefill(*arguments, "silu"), expert_ffn_prefill(*arguments, "silu"))
 
 
+@pytest.mark.parametrize("density", [None, 0.9])
+def test_scores_may_lie_apart(device, density):
+    torch.manual_seed(0)
+    x, up, down_t = (torch.randn(*size, device=device) for size in ((4, 8), (64, 8), (64, 8)))
+    score, threshold = torch.randn(4, 11, device=device)[:, :8], torch.zeros(1, device=device)
+    rest = (None, None, None)
+    found = expert_ffn(x, None, up, down_t, *rest, score, threshold, "relu", density)
+    assert torch.equal(found, expert_ffn(x, None, up, down_t, *rest, score.contiguous(), threshold, "relu", density))
+
+
 def test_expert_ffn_prefill_is_expert_ffn(device):
     arguments = prefill(7, 4, 32, device)
     few, many = expert_ffn(*arguments, "silu"), expert_ffn_prefill(*arguments, "silu")

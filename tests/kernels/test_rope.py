@@ -279,6 +279,11 @@ def rope_domain(**changes):
         (dict(value=torch.zeros(2, 2, 16).half()), "value must be torch.float32"),
         (dict(sin=None), "cos and sin go together"),
         (dict(cos=torch.zeros(2, 8)), "cos must have shape"),
+        (dict(cos=torch.tensor(1.0)), "cos must have shape .batch, dim"),
+        (
+            dict(query=torch.zeros(1, 2, 4, 16), key=torch.zeros(2, 2, 2, 16), value=torch.zeros(2, 2, 2, 16)),
+            "key must have one part like query",
+        ),
         (dict(cos=torch.zeros(1, 16)), "must have one shape"),
         (dict(sin=torch.zeros(2, 16).double()), "sin must be torch.float32"),
         (dict(position=torch.zeros(2)), "position must be contiguous torch.int64"),

@@ -92,6 +92,7 @@ def test_padding_is_like_absence(device):
 def test_nothing_visible_is_zero(device):
     visible = torch.zeros(1, 40, dtype=torch.bool, device=device)
     arguments = inputs(device, positions=40, visible=visible)
+    assert not naive.spark_attention_decode(*arguments, spark_attention_multipliers(5, 40, device)).any()
     if device == "cuda" or torch.utils._triton.has_triton_package():
         assert not spark_attention_decode(*arguments, spark_attention_multipliers(5, 40, device)).any()
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import close
+from support import close, far
 
 from sparse_kernels import add_parts, row_stats, threshold_linear
 from sparse_kernels.input_linear import kernel, naive, row
@@ -335,7 +335,13 @@ def test_statistics_of_rows(device):
         (dict(norm="rms"), "norm and norm_weight need each other"),
         (dict(norm="rms", norm_weight=torch.ones(7)), "norm_weight must have shape"),
         (dict(norm="batch"), "norm must be one of"),
+        (dict(norm="rms", norm_weight=torch.ones(8), norm_bias=torch.ones(8)), 'Only norm "layer" takes a norm_bias'),
+        (dict(norm="rms", norm_weight=torch.ones(8), stats=torch.ones(1, 0, 2)), "stats must be contiguous float32"),
+        (dict(norm="rms", norm_weight=torch.ones(8), stats=torch.ones(2, 1, 2)), "stats must be contiguous float32"),
+        (dict(norm="rms", norm_weight=torch.ones(8), stats=torch.ones(1, 1, 2).half()), "stats must be contiguous"),
+        (dict(x=far(8)), "rows within 2.31 values"),
         (dict(widths=[3, 3]), "sum to 5"),
+        (dict(widths=[5, 0]), "of at least 1 that sum to 5"),
         (dict(weight_t=torch.randn(5, 8).t()), "weight_t must have contiguous rows"),
         (dict(weight_t=torch.randn(10, 16)[::2, ::2].t(), threshold=None), "transpose must have contiguous rows"),
         (dict(threshold=torch.zeros(2)), "threshold must be a contiguous"),

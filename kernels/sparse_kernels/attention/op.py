@@ -73,6 +73,7 @@ def attention_decode(
     batch, groups = key.shape[:2]
     require_integers("lengths", lengths, query, ((batch,), (1,)), torch.int32, torch.int64)
     index, count = heads or (None, None)
+    require((index is None) == (count is None), "heads are an index and a count, got one of them.")
     if index is not None and count is not None:
         fits = index.dim() == 2 and 1 <= index.shape[1] <= groups
         sentence = "heads lists KV groups, each kept with all its query heads: 1 to {} slots per sequence, got {}."
@@ -191,6 +192,8 @@ def require_token(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Check what `rope_cache_write` takes; query, key and value without the dimension of a single finished part."""
     if query.dim() == 4 and len(query) == 1 and query.dtype == key_cache.dtype:  # of a dense product: a result already
+        for name, x in (("key", key), ("value", value)):
+            require(x.dim() == 4 and len(x) == 1, "{} must have one part like query, got {}.", name, x.shape)
         query, key, value = query[0], key[0], value[0]
     like = query
     if query.dim() == 4:
@@ -213,6 +216,7 @@ def require_token(
     require((cos is None) == (sin is None), "cos and sin go together.")
     if cos is not None and sin is not None:
         for name, table in (("cos", cos), ("sin", sin)):
+            require(table.dim() == 2, "{} must have shape [batch, dim], got {}.", name, table.shape)
             require_rows(name, table, like, (1 if table.shape[0] == 1 else batch, dim))
             require(table.is_contiguous(), "{} must be contiguous, got strides {}.", name, table.stride())
         require(cos.shape == sin.shape, "cos and sin must have one shape, got {} and {}.", cos.shape, sin.shape)

@@ -113,7 +113,7 @@ def expert_ffn(
     if crowded(density, x.shape[0], crossover(x.shape[0])):
         require_hidden(x, gate, up, gate_bias, up_bias, activation)
         require_down(x, up.shape[0], down_t, down_bias)
-        h = chosen_hidden(x, gate, up, gate_bias, up_bias, score, threshold, activation)
+        h = chosen_hidden(x, gate, up, gate_bias, up_bias, score.contiguous(), threshold, activation)
         return F.linear(h, down_t.t(), down_bias)
     index, count = compact(score, threshold, magnitude=False)
     block = up.shape[0] // score.shape[1]

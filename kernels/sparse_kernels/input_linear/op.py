@@ -20,6 +20,12 @@ NORMS = ("", "rms", "layer", "gemma")
 SELECTS = ("auto", "list", "mask")
 
 
+def require_near(x: Tensor) -> None:
+    """Check that the kernels reach all rows of x by 32-bit offsets."""
+    far = (x.shape[0] - 1) * x.stride(0) + x.shape[1]
+    require(far < 2**31, "x must have rows within 2^31 values, got strides {}: call contiguous() first.", x.stride())
+
+
 def input_linear(
     x: Tensor,
     weight_t: Tensor,
@@ -42,6 +48,7 @@ def input_linear(
     The index list follows TEAL (Liu et al., 2024, arXiv:2408.14690), which masks the same loads instead.
     """
     require_input(x)
+    require_near(x)
     require(weight_t.dim() == 2, "weight_t must have shape [channels, outputs], got {}.", weight_t.shape)
     channels, width = x.shape[1], weight_t.shape[1]
     require(group >= 1 and channels % group == 0, "group must divide the {} channels, got {}.", channels, group)
@@ -107,12 +114,12 @@ def threshold_linear(
     require(x.dim() in (2, 3), "x must have shape [batch, channels] or [parts, batch, channels], got {}.", x.shape)
     rows = x if x.dim() == 2 else x[0]
     require_input(rows)
+    require_near(rows)
     require(weight_t.dim() == 2, "weight_t must have shape [channels, outputs], got {}.", weight_t.shape)
     channels, width = weight_t.shape
     widths = [width] if widths is None else list(widths)
-    require(
-        1 <= len(widths) <= 3 and sum(widths) == width, "widths must be 1 to 3 that sum to {}, got {}.", width, widths
-    )
+    fits = 1 <= len(widths) <= 3 and sum(widths) == width and min(widths) >= 1
+    require(fits, "widths must be 1 to 3 of at least 1 that sum to {}, got {}.", width, widths)
     require(activation in ("", *ACTIVATIONS), "activation must be one of {}, got {}.", tuple(ACTIVATIONS), activation)
     require(norm in NORMS, "norm must be one of {}, got {}.", NORMS[1:], norm)
     require(not (activation and norm), "A layer's input is activated or normed, not both.")
@@ -136,6 +143,7 @@ def threshold_linear(
         require(threshold.device == x.device, "threshold must be on {}, got {}.", x.device, threshold.device)
     require(threshold is not None or not invert, "invert needs a threshold.")
     require(bool(norm) == (norm_weight is not None), "norm and norm_weight need each other.")
+    require(norm_bias is None or norm == "layer", 'Only norm "layer" takes a norm_bias.')
     for name, vector, size in (
         ("bias", bias, width),
         ("center", center, channels),
@@ -156,6 +164,11 @@ def threshold_linear(
     require(not (norm and x.dim() == 3), "A norm needs the sum of x's parts: do not ask for them.")
     if norm and stats is None:
         stats = row_stats(x)
+    elif norm and stats is not None:
+        shape = (rows.shape[0], cdiv(channels, STATS_TILE), 2)
+        fits = stats.shape == shape and stats.dtype == torch.float32 and stats.is_contiguous()
+        require(fits, "stats must be contiguous float32 {}, as row_stats makes them, got {}.", shape, stats.shape)
+        require(stats.device == x.device, "stats must be on {}, got {}.", x.device, stats.device)
     return torch.ops.sparse_kernels.threshold_linear(
         x, weight_t, threshold, widths, select, invert, bias, residual, norm, norm_weight, norm_bias, eps, stats,
         activation, gated, center, side, side_up, with_stats, partial, density,

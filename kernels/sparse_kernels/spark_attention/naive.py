@@ -31,6 +31,11 @@ def scores(q: Tensor, k: Tensor) -> Tensor:
     return (product if product.dtype == torch.float64 else product.float()) * q.shape[-1] ** -0.5
 
 
+def weights(a: Tensor, keep: Tensor) -> Tensor:
+    """Softmax of the kept scores, 0 for the others; all 0 where none is kept."""
+    return a.masked_fill(~keep, torch.finfo(a.dtype).min).softmax(-1).masked_fill(~keep, 0)
+
+
 def spark_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, attended: int) -> Tensor:
     """sum_i softmax(top(a))_i softplus(b_i) v_i, a the scores of the first half of the channels, b of the second.
 
@@ -40,8 +45,7 @@ def spark_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, attended: 
     a = scores(q[..., :half], k[..., :half])
     gate = F.softplus(scores(q[..., half:], k[..., half:]))
     keep = attended_to(a, visible, multipliers(attended, visible.sum(-1, keepdim=True)))
-    p = a.masked_fill(~keep, torch.finfo(a.dtype).min).softmax(-1)
-    return (p * gate).to(v.dtype) @ v
+    return (weights(a, keep) * gate).to(v.dtype) @ v
 
 
 def spark_attention_decode(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, multiplier: Tensor) -> Tensor:
@@ -56,5 +60,6 @@ def spark_attention_decode(query: Tensor, key: Tensor, value: Tensor, visible: T
     gate = F.softplus(scores(rows[..., half:], k[..., half:]))
     shown = visible.expand(batch, -1)[:, None, None]
     keep = attended_to(a, shown, multiplier[shown.sum(-1, keepdim=True)])
-    p = a.masked_fill(~keep, torch.finfo(a.dtype).min).softmax(-1)
-    return ((p * gate).to(v.dtype) @ v)[:, :, 0]
+    hidden = ~visible.expand(batch, -1)[:, None, :, None]  # whatever is there
+    gate, v = gate.masked_fill(~shown, 0), v.masked_fill(hidden, 0)
+    return ((weights(a, keep) * gate).to(v.dtype) @ v)[:, :, 0]
