@@ -58,8 +58,8 @@ def test_the_mask_at_density_1_is_the_dense_model_bit_for_bit(build):
 
 
 def test_a_density_that_is_missed_is_told(monkeypatch):
-    def off(handle, windows, densities, progress):
-        return multipliers(handle, windows, [density - 0.05 for density in densities], progress)
+    def off(handle, windows, densities, progress, **options):
+        return multipliers(handle, windows, [density - 0.05 for density in densities], progress, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr("methods.shared.calibration.multipliers", off)
