@@ -104,7 +104,7 @@ class Projection:
         """Gives shared weights a storage of their own again, with the same bits."""
         for weight in self.shared:
             if weight.untyped_storage().data_ptr() == self.weight_t.untyped_storage().data_ptr():
-                weight.data = weight.data.clone(memory_format=torch.contiguous_format)
+                alone(weight)
 
     def __call__(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
         """(output or its parts, stats); also leaves with each sparse layer how many channels it read."""
@@ -116,6 +116,11 @@ class Projection:
             if layer is not None:
                 layer.count = counts[segment % len(counts)] if counts.numel() else None
         return y, stats
+
+
+def alone(weight: Any) -> None:
+    """A shared weight has a storage of its own again, with the same bits."""
+    weight.data = weight.data.clone(memory_format=torch.contiguous_format)
 
 
 class Norm:
@@ -198,7 +203,7 @@ class FastBlock:
         """Puts the module's own forward and weights back."""
         self.module.__dict__.pop("forward", None)
         if self.lent is not None:
-            self.lent.data = self.lent.data.clone(memory_format=torch.contiguous_format)
+            alone(self.lent)
         for projection in (self.qkv, self.o) if self.ffn is not None else (self.qkv, self.o, self.up, self.down):
             projection.restore()
 
