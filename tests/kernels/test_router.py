@@ -14,7 +14,7 @@ from sparse_kernels import (
     union_lists,
 )
 from sparse_kernels.selection import naive
-from sparse_kernels.selection.launch import Score
+from sparse_kernels.selection.launch import Scan, Score
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -52,6 +52,14 @@ def test_batch_score_equals_naive(device, dtype, batch, units):
     found = batch_score(score)
     assert found.dtype == dtype and close(found, naive.batch_score(score.double()))
     assert torch.equal(found[::5], score[:, ::5].amax(0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_batch_score_of_nan_is_nan(device, dtype):
+    nan = float("nan")
+    score = torch.tensor([[1.0, -1.0, nan, nan, 2.0], [2.0, nan, -1.0, nan, -1.0]], device=device).to(dtype)
+    assert torch.equal(batch_score(score).isnan(), naive.batch_score(score).isnan())
+    assert batch_score(score).isnan().tolist() == [False, True, True, True, False]
 
 
 @pytest.mark.parametrize("threshold", [-99.0, 99.0, None])
@@ -98,6 +106,22 @@ def test_router_relative_to_the_best(device, batch, experts, share):
     assert same(found, naive.union(keep))
     assert torch.equal(score, raw.masked_fill(~keep, -float("inf")))  # so score > -inf is each row's own selection
     assert (keep.sum(1) >= 1).all() and (share > 0 or keep.all())
+
+
+@pytest.mark.parametrize("place", [0, 5, 39])
+@pytest.mark.parametrize("tile", [16, 4096])
+def test_relative_to_nan_nothing_is_selected(device, place, tile, monkeypatch):
+    if device == "cpu":
+        pytest.importorskip("triton")
+    from sparse_kernels.selection import kernel
+
+    monkeypatch.setattr(kernel, "pick", lambda *_: {"near best": Scan(2 * tile, 1)})
+    score = torch.rand(2, 40, device=device)
+    score[0, place], score[0, 20] = float("nan"), float("inf")
+    share = torch.full((1,), 0.5, device=device)
+    (near, *found), (wanted, *listed) = (f(score, share) for f in (kernel.near_best, naive.near_best))
+    assert torch.equal(near, wanted) and same(found, listed)
+    assert near[0].isneginf().all() and int(found[1]) == int((score[1] >= score[1].max() / 2).sum())
 
 
 @pytest.mark.parametrize("batch", [1, 4])

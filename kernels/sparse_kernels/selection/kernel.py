@@ -161,6 +161,12 @@ def statistical_kernel(
 
 
 @triton.jit
+def larger(a, b):
+    """The larger of two values; NaN if one is, which `tl.max` drops."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def near_best_kernel(
     score, share, near, index, count, B, E, BATCH: tl.constexpr, TILE: tl.constexpr, PDL: tl.constexpr
 ):
@@ -176,7 +182,8 @@ def near_best_kernel(
     for first in range(0, E, TILE):
         e = first + tl.arange(0, TILE)
         inside = (b < B)[:, None] & (e < E)[None, :]
-        best = tl.maximum(best, tl.max(tl.load(score + rows + e[None, :], mask=inside, other=float("-inf")), 1))
+        v = tl.load(score + rows + e[None, :], mask=inside, other=float("-inf"))
+        best = larger(best, tl.reduce(v, 1, larger))
     level = (tau * best)[:, None]
     before = 0
     for first in range(0, E, TILE):

@@ -55,7 +55,7 @@ def linear_router(
     threshold: float32 [1] or [E], a constant; a row selects the experts with score > threshold. relative: threshold
     is a share [1] of the row's best score; a row selects the experts with score >= threshold * best, and the scores
     that it does not select are -inf, so that score > -inf afterwards says what a row selects. Scores should then not
-    be negative.
+    be negative; a row with NaN among them has no best score and selects nothing.
     Returns (score float32 [B, E], index int32 [E], count int32 [1]). Raises ValueError outside this domain.
 
     Sources: LTE (arXiv 2402.06126) for thresholds; D2DMoE (arXiv 2310.04361), dynamic k, for relative ones.
@@ -103,7 +103,8 @@ def batch_score(score: Tensor) -> Tensor:
     """What a batch scores units together: the sum of its rows' positive scores of a unit, else their best.
 
     score: float [B, K], 1 <= B <= 64, K <= 65536, contiguous rows. Returns [K] in its dtype: units that no row scores
-    above zero, whose order the paper leaves open, follow all others. Raises ValueError outside this domain.
+    above zero, whose order the paper leaves open, follow all others; a unit that any row scores NaN is NaN. Raises
+    ValueError outside this domain.
 
     Source: Polar Sparsity (arXiv 2505.14884), whose batch shares a selection.
     """

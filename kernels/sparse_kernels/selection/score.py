@@ -79,7 +79,8 @@ def batch_kernel(score, out, B, K, stride, BATCH: tl.constexpr, BLOCK: tl.conste
     place = score + b.to(tl.int64)[:, None] * stride + k[None, :]
     v = tl.load(place, mask=(b < B)[:, None] & (k < K)[None, :], other=-float("inf"))
     total = tl.sum(tl.maximum(v.to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL), 0)
-    tl.store(out + k, tl.where(total > 0, total, tl.max(v.to(tl.float32), 0)), mask=k < K)
+    best = tl.max(v.to(tl.float32), 0)  # drops NaN, which the total keeps
+    tl.store(out + k, tl.where(total == 0, best, total), mask=k < K)
 
 
 def batch_score(score: Tensor) -> Tensor:
