@@ -80,6 +80,16 @@ def test_any_launch_gives_the_same(device, heads, groups, positions):
         assert torch.allclose(y.cpu().double(), wanted, rtol=1e-4, atol=1e-5)
 
 
+def test_gates_far_below_zero_keep_their_digits(device):
+    """softplus(b) is about exp(b) there, far less than the rounding of 1 + exp(b)."""
+    b = torch.linspace(-80, 20, 101, device=device)
+    query, key = torch.ones(1, 1, 2, device=device), torch.stack([torch.zeros_like(b), b], 1)
+    visible, table = torch.ones(1, 1, dtype=torch.bool, device=device), spark_attention_multipliers(1, 1, device)
+    for gate, one in zip(b, key, strict=True):
+        y = spark_attention_decode(query, one.view(1, 1, 1, 2), torch.ones(1, 1, 1, 2, device=device), visible, table)
+        assert torch.allclose(y.double(), F.softplus(gate.double()), rtol=1e-5, atol=0), gate
+
+
 def test_padding_is_like_absence(device):
     query, key, value, _ = inputs(device, positions=40, visible=torch.ones(1, 40, dtype=torch.bool, device=device))
     visible = torch.arange(48, device=device)[None] >= 8

@@ -151,6 +151,17 @@ def add_splits(
 
 
 @triton.jit
+def softplus(s):
+    """log(1 + exp(s)), in whose sum a small exp(s) loses its digits: log(1 + e) is 2 artanh(e / (2 + e)), whose
+    argument is at most 1 / 3, so that seven terms of its series are enough for float32."""
+    e = tl.exp(-tl.abs(s))
+    z = e / (2.0 + e)
+    q = z * z
+    series = 1 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13))))))
+    return tl.maximum(s, 0.0) + 2.0 * z * series
+
+
+@triton.jit
 def spark_attend_kernel(
     query, key, value, score, stat, multiplier, positions, semaphore, partial, weight, out, scale, N, chunk, parts,
     stride_qb, stride_qh, stride_kb, stride_kg, stride_kn, stride_vb, stride_vg, stride_vn, stride_score, stride_stat,
@@ -196,8 +207,7 @@ def spark_attend_kernel(
             eviction_policy="evict_first",
         )
         a = tl.load(score + r[:, None] * stride_score + n[None, :], mask=inside, other=float("-inf"))
-        s = products(q, k, UPCAST) * factor
-        gate = tl.maximum(s, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(s)))
+        gate = softplus(products(q, k, UPCAST) * factor)
         p = tl.where((a >= least[:, None]) & (a > float("-inf")), tl.exp(a - top[:, None]), 0.0)
         total += p
         if UPCAST:
