@@ -93,7 +93,7 @@ class GateFirstFFN(SparseLayer):
             return self._skip(x.reshape(-1, x.shape[-1]), self.multiplier).view(*x.shape[:-1], -1)
         u = self.first(x)
         score = self.scores(x, u)
-        limit = statistical_threshold(score, self.multiplier)
+        limit = statistical_threshold(score, self.multiplier, self.soft)
         keep = score > limit if self.soft and math.isfinite(self.multiplier) else score >= limit
         shown = keep if active is False else self.mask(keep)
         if self.native:

@@ -88,7 +88,7 @@ class Selector(nn.Module, ABC):
         if self.rule == "relative":
             return score >= self.threshold * score.amax(-1, keepdim=True)
         if self.rule == "statistical":
-            return score >= naive.statistical_threshold(score, self.multiplier)
+            return score >= naive.statistical_threshold(score, self.multiplier, soft=False)
         return score > self.threshold
 
     def select(self, rows: Tensor) -> Selected:

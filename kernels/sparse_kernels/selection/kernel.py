@@ -128,7 +128,7 @@ def statistical_kernel(
     begin(PDL)
     b = tl.program_id(0).to(tl.int64)
     row = x + b * stride
-    mean, squares, seen = 0.0, 0.0, 0.0
+    mean, squares, seen, best = 0.0, 0.0, 0.0, float("-inf")
     for first in range(0, K, TILE):
         k = first + tl.arange(0, TILE)
         score = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
@@ -141,9 +141,13 @@ def statistical_kernel(
         squares += tl.sum(off * off, 0) + step * step * (seen * n / (seen + n))
         seen += n
         mean += step * (n / seen)
+        if not SOFT:
+            best = tl.maximum(best, tl.max(tl.where(k < K, score, float("-inf")), 0))
     factor = tl.cast(multiplier, tl.float32)
     infinite = tl.abs(factor) == float("inf")
     limit = mean + tl.sqrt(squares / seen) * tl.where(infinite, 0.0, factor)
+    if not SOFT:  # the mean of equal scores may be rounded to more than they are
+        limit = tl.minimum(limit, best, propagate_nan=tl.PropagateNan.ALL)
     limit = tl.where(infinite, factor, limit)
     tl.store(threshold + b, limit)
     for first in range(0, K, TILE):

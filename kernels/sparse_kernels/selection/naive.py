@@ -67,10 +67,18 @@ def top_mask(score: Tensor, k: int) -> Tensor:
     return to_mask(*top_k(score, k), score.shape[1])
 
 
-def statistical_threshold(score: Tensor, multiplier: float) -> Tensor:
-    """mean + multiplier * std over the last dimension of score [..., K]: float32 [..., 1]."""
-    std, mean = torch.std_mean(wide(score), -1, correction=0, keepdim=True)
-    return mean + std * multiplier if math.isfinite(multiplier) else torch.full_like(mean, multiplier)
+def statistical_threshold(score: Tensor, multiplier: float, soft: bool) -> Tensor:
+    """mean + multiplier * std over the last dimension of score [..., K]: float32 [..., 1].
+
+    Unless soft, at most the largest score: what reaches the threshold is then selected, all of equal scores too, which
+    their mean may be rounded above.
+    """
+    score = wide(score)
+    std, mean = torch.std_mean(score, -1, correction=0, keepdim=True)
+    if not math.isfinite(multiplier):
+        return torch.full_like(mean, multiplier)
+    limit = mean + std * multiplier
+    return limit if soft else torch.minimum(limit, score.amax(-1, keepdim=True))
 
 
 def statistical_top_k(
@@ -78,11 +86,12 @@ def statistical_top_k(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What of score [B, K] is above mean + multiplier * std of its row: (act(value), threshold [B], index, count).
 
-    soft: value less the threshold; magnitude: the scores are |act(score)| instead of score.
+    soft: value less the threshold, else what reaches it, always the largest; magnitude: the scores are |act(score)|
+    instead of score.
     """
     v, act = wide(score), ACTIVATIONS.get(activation, RESPONSES["identity"])
     ranked = act(v).abs() if magnitude else v
-    limit = statistical_threshold(ranked, multiplier)
+    limit = statistical_threshold(ranked, multiplier, soft)
     keep = ranked > limit if soft else ranked >= limit
     kept = torch.where(limit == -float("inf"), v, v - limit) if soft else v
     return torch.where(keep, act(kept), 0).to(score.dtype), limit[:, 0].float(), *union(keep)
