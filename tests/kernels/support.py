@@ -58,6 +58,9 @@ def agree(actual: Tensor, expected: Tensor) -> bool:
     return bool(error <= TOLERANCE[actual.dtype] * expected.norm()) and bool((actual[expected == 0] == 0).all())
 
 
-def far(width):
-    """[3, width], whose rows are too far from each other for 32-bit offsets; nobody may read it."""
-    return torch.empty_strided((3, width), (2**30, 1), device="meta")
+def far(*shape, apart=None):
+    """A tensor of this shape whose entries along dimension `apart` are 2^30 from each other; nobody may read it."""
+    strides = list(torch.empty(shape, device="meta").stride())
+    if apart is not None:
+        strides[apart] = 2**30
+    return torch.empty_strided(shape, strides, device="meta")

@@ -3,7 +3,7 @@ from collections import defaultdict
 import pytest
 import torch
 import torch.nn.functional as F
-from support import agree, double
+from support import agree, double, far
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
@@ -213,6 +213,8 @@ INT = dict(dtype=torch.int32)
         (dict(heads=(torch.zeros(2, 1, **INT), torch.zeros(1, **INT))), "count must be contiguous torch.int32"),
         (dict(window=0), "window must be at least 1"),
         (dict(softcap=-1.0), "softcap must be positive"),
+        (dict(query=far(2, 4, 16, apart=1)), "query must have heads within 2.31 values"),
+        (dict(query=far(2, 4, 16), key=far(2, 2, 8, 16, apart=2)), "key must have 128 positions within 2.31 values"),
     ],
 )
 def test_attention_outside_its_domain(changes, message):

@@ -104,7 +104,7 @@ def test_tolerance_fails_what_is_one_percent_wrong(dtype):
     "change, message",
     [
         (dict(x=torch.randn(65, 8)), "1 to 64 rows"),
-        (dict(x=far(8)), "rows within 2.31 values"),
+        (dict(x=far(3, 8, apart=0)), "rows within 2.31 values"),
         (dict(weight_t=torch.randn(7, 5)), r"weight_t must have shape \[8, 5\]"),
         (dict(weight_t=torch.randn(8, 5).half()), "weight_t must be torch.float32"),
         (dict(weight_t=torch.randn(8)), "weight_t must have shape"),

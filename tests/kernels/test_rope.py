@@ -1,6 +1,6 @@
 import pytest
 import torch
-from support import ROUNDED, agree, close, double
+from support import ROUNDED, agree, close, double, far
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -295,6 +295,8 @@ def rope_domain(**changes):
         ({n: torch.zeros(3, 2, 4, 16) for n in ("query", "key", "value")}, "key must have 2 groups"),
         ({n: torch.zeros(3, 2, 2, 16).half() for n in ("query", "key", "value")}, "Parts of query must be float32"),
         (dict(key_norm=torch.zeros(16).half()), "key_norm must be a contiguous"),
+        (dict(query=far(2, 4, 16, apart=1)), "query must have heads within 2.31 values"),
+        ({n: far(3, 2, 4, 16, apart=0) for n in ("query", "key", "value")}, "Parts of query must be within 2.31"),
     ],
 )
 def test_rope_outside_its_domain(changes, message):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from support import double
+from support import double, far
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -148,6 +148,8 @@ def test_work():
     [
         (dict(query=torch.randn(1, 4, 15)), "key must have shape"),
         (dict(query=torch.randn(65, 4, 16)), "1 to 64 rows"),
+        (dict(query=far(1, 4, 16, apart=1)), "heads within 2.31 values"),
+        (dict(query=far(1, 4, 16), key=far(1, 2, 100, 16, apart=2)), "128 positions within 2.31 values"),
         (dict(key=torch.randn(1, 3, 100, 16)), "dividing 4 heads"),
         (dict(visible=torch.ones(1, 99, dtype=torch.bool)), r"visible must be a bool \[1, 100\]"),
         (dict(visible=torch.ones(1, 100)), "visible must be a bool"),

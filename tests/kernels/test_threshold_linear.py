@@ -339,7 +339,7 @@ def test_statistics_of_rows(device):
         (dict(norm="rms", norm_weight=torch.ones(8), stats=torch.ones(1, 0, 2)), "stats must be contiguous float32"),
         (dict(norm="rms", norm_weight=torch.ones(8), stats=torch.ones(2, 1, 2)), "stats must be contiguous float32"),
         (dict(norm="rms", norm_weight=torch.ones(8), stats=torch.ones(1, 1, 2).half()), "stats must be contiguous"),
-        (dict(x=far(8)), "rows within 2.31 values"),
+        (dict(x=far(3, 8, apart=0)), "rows within 2.31 values"),
         (dict(widths=[3, 3]), "sum to 5"),
         (dict(widths=[5, 0]), "of at least 1 that sum to 5"),
         (dict(weight_t=torch.randn(5, 8).t()), "weight_t must have contiguous rows"),

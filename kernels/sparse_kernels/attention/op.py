@@ -11,6 +11,7 @@ from sparse_kernels.launch import DTYPES, MAX_BATCH, require, require_rows, use_
 
 MAX_DIM = 256
 MAX_GROUP = 32
+STEP = 128  # positions of a cache, at most, that a program takes at once: by 32-bit offsets from the first of them
 
 
 def require_heads(name: str, x: Tensor) -> None:
@@ -21,6 +22,17 @@ def require_heads(name: str, x: Tensor) -> None:
     known = x.dtype in DTYPES or (x.dtype == torch.float64 and not x.is_cuda)
     require(known, "{} must be float32, float16 or bfloat16, got {}.", name, x.dtype)
     require(x.shape[2] == 1 or x.stride(2) == 1, "{} must have contiguous rows, got strides {}.", name, x.stride())
+    require_near(name, x)
+
+
+def require_near(name: str, x: Tensor) -> None:
+    """Check that the kernels reach all heads of a sequence of x [..., B, H, D], in all its parts, by 32-bit offsets."""
+    heads = (x.shape[-2] - 1) * x.stride(-2) + x.shape[-1]
+    sentence = "{} must have heads within 2^31 values, got strides {}: call contiguous() first."
+    require(heads <= 2**31, sentence, name, x.stride())
+    if x.dim() == 4:
+        far = heads + (x.shape[0] - 1) * x.stride(0)
+        require(far <= 2**31, "Parts of {} must be within 2^31 values, got strides {}.", name, x.stride())
 
 
 def require_integers(name: str, tensor: Tensor, like: Tensor, shapes: tuple[tuple[int, ...], ...], *dtypes) -> None:
@@ -41,6 +53,9 @@ def require_caches(query: Tensor, **caches: Tensor) -> None:
     require(heads <= MAX_GROUP * shape[1], "A KV group must have at most {} query heads.", MAX_GROUP)
     for name, cache in caches.items():
         require_rows(name, cache, query, (batch, *shape[1:3], dim))
+        far = (min(shape[2], STEP) - 1) * cache.stride(2) + dim
+        sentence = "{} must have {} positions within 2^31 values, got strides {}."
+        require(far <= 2**31, sentence, name, STEP, cache.stride())
 
 
 def attention_decode(
@@ -203,6 +218,7 @@ def require_token(
             fits &= parts == 1 or x.stride(0) == query.stride(0)
             require(fits, "Parts of {} must be float32 views of one tensor, got {} {}.", name, x.dtype, x.shape)
             require(x.stride(3) == 1, "{} must have contiguous rows, got strides {}.", name, x.stride())
+            require_near(name, x)
     require_heads("query", like)
     batch, heads, dim = like.shape
     require(dim % 2 == 0, "query must have an even number of channels a head, got {}.", dim)
@@ -213,6 +229,7 @@ def require_token(
             require(x.shape[1:] == (batch, groups, dim), "{} must have {} groups, got {}.", name, groups, x.shape)
         else:
             require_rows(name, x, query, (batch, groups, dim))
+            require_near(name, x)
     require((cos is None) == (sin is None), "cos and sin go together.")
     if cos is not None and sin is not None:
         for name, table in (("cos", cos), ("sin", sin)):
