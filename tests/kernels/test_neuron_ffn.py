@@ -224,6 +224,14 @@ def test_gate_first_ffn_is_strict_and_drops_nan(device, batch):
     assert y.flatten().tolist() == [2.75] * batch
 
 
+def test_gate_first_ffn_of_very_many_neurons(device):
+    gate = torch.zeros(65600, 4, device=device)
+    gate[[0, 300, 65599]] = 1.0
+    x, down_t = torch.ones(2, 4, device=device), torch.ones(65600, 2, device=device)
+    y = gate_first_ffn(x, gate, gate, down_t, torch.zeros(1, device=device), "relu")
+    assert torch.equal(y, torch.full_like(y, 3 * 4 * 4))
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("gated", [True, False])
 def test_gate_first_ffn_twice_is_the_same_to_the_bit(device, batch, gated):

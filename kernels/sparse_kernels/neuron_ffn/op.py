@@ -10,7 +10,6 @@ from sparse_kernels.input_linear.op import input_linear
 from sparse_kernels.launch import require, require_input, require_list, require_rows, require_threshold, use_triton
 from sparse_kernels.neuron_ffn import launch, naive
 from sparse_kernels.neuron_ffn.cost import ffn_flops
-from sparse_kernels.selection.op import compact
 
 
 def require_hidden(
@@ -194,7 +193,8 @@ def _gate_first_ffn(
         return kernel.gate_first_ffn(*ffn)
     first, first_bias = (up, up_bias) if gate is None else (gate, gate_bias)
     value = kernel.neuron_hidden(x, None, first, None, first_bias, None, None, activation, dtype=torch.float32)
-    index, count = compact(value, threshold)
+    # Not the checked `compact`, which takes at most 65536 channels: an FFN may have more neurons.
+    index, count = torch.ops.sparse_kernels.compact(value, threshold, True)
     if gate is None:
         h = torch.where(value.abs() > threshold, value, 0).to(x.dtype)
     else:
