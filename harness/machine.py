@@ -56,10 +56,9 @@ def identity(device: str = "cpu") -> str:
 
 
 def kind(machine: dict[str, Any]) -> str:
-    """What accuracy and cost may depend on: the model of GPU, not which one of them, and the versions; of a CPU all."""
-    if not machine.get("gpu"):
-        return str(machine.get("identity"))
-    return repr([machine["gpu"]["name"], machine.get("python"), *(machine.get(name) for name in LIBRARIES)])
+    """What accuracy and cost may depend on: the model of GPU or CPU and the versions, not which one nor its threads."""
+    processor = machine["gpu"]["name"] if machine.get("gpu") else (machine.get("cpu") or {}).get("model")
+    return repr([processor, machine.get("python"), *(machine.get(name) for name in LIBRARIES)])
 
 
 def gpu_state(device: str = "cuda") -> dict[str, Any]:

@@ -100,7 +100,7 @@ def done_keys(out: str | Path) -> set[str]:
 
 def place(record: Record) -> str:
     """Where a record was measured, as far as it matters to the table it stands in: times are those of one machine, the
-    rest is that of any machine with the same model of GPU and the same versions."""
+    rest is that of any machine with the same model of GPU or CPU and the same versions."""
     if record["cell"].get("timed", True):
         return str(record["machine"].get("identity"))
     return machine.kind(record["machine"])

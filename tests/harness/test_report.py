@@ -176,6 +176,17 @@ def elsewhere(entry: dict[str, Any], unit: str, **gpu: Any) -> dict[str, Any]:
     return {**entry, "machine": {**entry["machine"], "identity": unit, "gpu": {**GPU, **gpu}}}
 
 
+def test_on_a_cpu_times_alone_depend_on_the_threads() -> None:
+    """Processes that share a CPU have fewer threads each than one that has it alone."""
+    two, one = ({"cpu": {"model": "CPU", "cores": 2, "threads": n}, "identity": f"{n} threads"} for n in (2, 1))
+    dense, teal = ({**record(*cell), "machine": two} for cell in ((), ("teal", 0.5)))
+    assert len(rows.group([dense, {**teal, "machine": one}])) == 2
+    untimed = {**teal, "cell": {**teal["cell"], "timed": False}, "latency": {}, "machine": one}
+    assert len(store.latest([untimed, {**untimed, "machine": two}])) == 1
+    (found,) = rows.group([dense, untimed])
+    assert [row.method for row in found.rows] == ["dense", "teal"]
+
+
 def test_cells_without_latency_share_a_table_with_those_of_other_units_of_the_same_gpu() -> None:
     cells = [record(), record("teal", 0.5)]
     cells = [{**cell, "cell": {**cell["cell"], "timed": False}, "latency": {}} for cell in cells]
