@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -186,9 +187,8 @@ def load(
     where = resolve_device(device)
     kind = getattr(torch, resolve_dtype(dtype, where))
     check(spec, weights)
+    require_memory(spec, where, dtype)
     configuration = config(spec) if weights == "synthetic" or spec.own_code else None
-    if configuration is not None:
-        _require_memory(spec, configuration, where, kind)
     if weights == "synthetic":
         model, tokenizer = _draw(configuration, where, kind, seed), None
         if spec.path and (spec.path / "tokenizer_config.json").is_file():
@@ -197,6 +197,29 @@ def load(
         model, tokenizer = _read(spec, configuration, where, kind), _tokenizer(spec)
     model.eval().requires_grad_(False)
     return LoadedModel(model, tokenizer, spec, "synthetic" if weights == "synthetic" else spec.kind, model.config)
+
+
+def require_memory(spec: ModelSpec, device: str, dtype: str) -> None:
+    """Raises UsageError where the bare weights, real or drawn, exceed the memory: a killed process explains nothing."""
+    import torch
+
+    name, configuration = resolve_dtype(dtype, device), config(spec)
+    try:
+        needed = count_parameters(configuration) * getattr(torch, name).itemsize
+    except Exception as error:
+        raise _explain(error, spec) from error
+    if device == "cpu":
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
+    else:
+        gc.collect()  # what the model before left is free memory again
+        torch.cuda.empty_cache()
+        memory = torch.cuda.mem_get_info(device)[0]
+    if needed > memory:
+        free, half = "" if device == "cpu" else " free", "--dtype bf16, " if name == "float32" else ""
+        raise UsageError(
+            f"{spec.name} needs {needed / 2**30:.1f} GiB in {name} and {device} has {memory / 2**30:.1f} GiB{free}: "
+            f"choose {half}a smaller model or another device."
+        )
 
 
 def count_parameters(configuration: Any) -> int:
@@ -274,22 +297,6 @@ def _require_config(spec: ModelSpec) -> None:
     if not (spec.path / "config.json").is_file():
         advice = "reinstall the package" if spec.kind == "reference" else "give a folder written by save_pretrained"
         raise UsageError(f"'{spec.path}' has no config.json: {advice}.")
-
-
-def _require_memory(spec: ModelSpec, configuration: Any, device: str, dtype: torch.dtype) -> None:
-    """Raises UsageError where the bare weights exceed the memory: a killed process explains nothing."""
-    import torch
-
-    needed = count_parameters(configuration) * dtype.itemsize
-    if device == "cpu":
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else needed
-    else:
-        memory = torch.cuda.mem_get_info(device)[0]
-    if needed > memory:
-        raise UsageError(
-            f"{spec.name} needs {needed / 2**30:.0f} GiB in {str(dtype)[6:]} and {device} has "
-            f"{memory / 2**30:.0f} GiB: choose a smaller model or another device."
-        )
 
 
 def weights_problem(folder: Path) -> str | None:

@@ -72,6 +72,7 @@ def main(args: argparse.Namespace) -> int:
                     display.say(f"  {cell.method} {cell.density}: {artifact.hash}, prepared in {spent} s")
                     if cell in targets and machine.rank() == 0:
                         display.say(f"  saved in {artifact.save_pretrained(targets[cell])}")
+            del loaded  # before the next one comes
     return 0
 
 

@@ -25,13 +25,15 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(dry_run(cells))
         return 0
-    from . import machine, report, store, workers
+    from . import machine, models, report, store, workers
     from .cells import measure
 
     store.ensure_writable(args.out)
     source, here = plan.source_hash(), machine.identity(cells[0].device)
     done = set() if args.force else store.done_keys(args.out)
     pending = [cell for cell in cells if cell.cell_key(source, here) not in done]
+    for model, device, dtype in dict.fromkeys((c.model, c.device, c.dtype) for c in pending if not c.not_applicable):
+        models.require_memory(models.resolve(model), device, dtype)  # of the last model too, before the first's cells
     for note in plan.notes(cells):
         print(f"note: {note}", file=sys.stderr)
     if len(pending) < len(cells):

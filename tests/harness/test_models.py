@@ -216,10 +216,20 @@ def test_bugs_are_not_disguised() -> None:
     assert models._explain(bug, models.resolve("llama2-7b")) is bug
 
 
-def test_too_large_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models.os, "sysconf", lambda name: 1000)
-    with pytest.raises(UsageError, match="smaller model"):
-        models.load(models.resolve("opt-125m"), "synthetic", "cpu")
+@pytest.mark.parametrize("weights", ["real", "synthetic"])
+def test_too_large_for_this_machine(weights: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, loaded = models.resolve(str(folder)), []
+    monkeypatch.setattr(models, "_read", lambda *a: loaded.append(a))
+    monkeypatch.setattr(models, "_draw", lambda *a: loaded.append(a))
+    monkeypatch.setattr(models.os, "sysconf", lambda name: 10)
+    with pytest.raises(UsageError, match="in float32 and cpu has 0.0 GiB: choose --dtype bf16, a smaller model or"):
+        models.load(spec, weights, "cpu")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda device: (2**20 if device == "cuda" else 0, 2**40))
+    models.require_memory(spec, "cuda", "auto")
+    with pytest.raises(UsageError, match="0.2 GiB in bfloat16 and cuda has 0.0 GiB free: choose a smaller model or"):
+        models.require_memory(models.resolve("opt-125m"), "cuda", "auto")
+    assert not loaded
 
 
 def test_a_launchers_processes_get_a_gpu_each(monkeypatch: pytest.MonkeyPatch) -> None:

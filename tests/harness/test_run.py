@@ -139,6 +139,16 @@ def test_processes_share_the_cells_without_latency(
     assert (shared / "LEADERBOARD.md").is_file()
 
 
+def test_no_cell_is_measured_where_the_last_model_exceeds_the_memory(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = command(f"{model},llama2-70b", tmp_path, "--weights", "synthetic", "--device", "cpu")
+    arguments[4] = "teal:allocation=uniform"
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**15)
+    assert cli.main(arguments) == 2 and not store.load(tmp_path)
+    assert "error: llama2-70b needs 257.0 GiB in float32" in capsys.readouterr().err
+
+
 def test_a_process_tells_which_cells_failed(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACTIVATION_SPARSITY_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").write_text("where a folder should be: nothing can be prepared")
