@@ -22,7 +22,7 @@ from .corpus import Corpus, Document, token_windows
 if TYPE_CHECKING:
     from methods.base import Method
 
-    from .models import LoadedModel
+    from .models import LoadedModel, ModelSpec
 
 SHIPPED = Path(__file__).parent / "reference" / "artifacts"
 SHIPPED_SEED = 0
@@ -46,20 +46,24 @@ def ensure_writable(target: Path, advice: str) -> None:
         raise UsageError(f"no artifact can be saved as '{target}' ({error.strerror}): {advice}.") from None
 
 
-def shipped(loaded: LoadedModel, method: Method, density: float | None, seed: int) -> Path | None:
+def shipped(spec: ModelSpec, method: Method, density: float | None, seed: int) -> Path | None:
     """The artifact that comes with an embedded model: it stands for the method's default options and seed."""
-    if loaded.spec.kind != "reference" or loaded.weights_kind == "synthetic" or method.given or density is None:
+    if spec.kind != "reference" or method.given or density is None:
         return None
     if seed != SHIPPED_SEED:  # a repeat that did not train again would have no spread
         return None
-    folder = SHIPPED / loaded.spec.name / f"{method.name}-{density:g}"
+    folder = SHIPPED / spec.name / f"{method.name}-{density:g}"
     return folder if (folder / CONFIG_FILE).is_file() else None
+
+
+def window_of(config: Any) -> int:
+    """Tokens per window of what a model with this config prepares from."""
+    return min(WINDOW, getattr(config.get_text_config(), "max_position_embeddings", WINDOW))
 
 
 def data_for(loaded: LoadedModel, corpus: Corpus, seed: int, workspace: Path | None) -> Data:
     """Calibration and training windows of a corpus, in the model's own tokens."""
-    positions = getattr(loaded.config.get_text_config(), "max_position_embeddings", WINDOW)
-    window = min(WINDOW, positions)
+    window = window_of(loaded.config)
     calibration = token_windows(corpus.calibration, loaded.tokenizer, window, CALIBRATION_WINDOWS, seed)
     return Data(
         calibration=calibration,
@@ -111,7 +115,7 @@ def obtain(
 def existing(loaded: LoadedModel, method: Method, density: float | None, corpus: Corpus, seed: int) -> Artifact | None:
     """The artifact that is cached or shipped, if any. Raises UsageError when it is damaged or of other weights."""
     folder = _cached(loaded, method, density, corpus, seed)
-    place = folder if (folder / CONFIG_FILE).is_file() else shipped(loaded, method, density, seed)
+    place = folder if (folder / CONFIG_FILE).is_file() else shipped(loaded.spec, method, density, seed)
     if place is None:
         return None
     artifact = Artifact.from_pretrained(place)

@@ -202,8 +202,11 @@ def notes(cells: Sequence[Cell]) -> list[str]:
     return found
 
 
-def describe(cells: Sequence[Cell], estimates: Sequence[dict[str, Any] | None] | None = None) -> str:
-    """The plan as a table for `--dry-run`; `estimates`: one dict of further columns (unit in the name) per cell."""
+def describe(
+    cells: Sequence[Cell], estimates: Sequence[dict[str, Any] | None] | None = None, more: Sequence[str] = ()
+) -> str:
+    """The plan as a table for `--dry-run`; `estimates`: one dict of further columns (unit in the name) per cell,
+    `more`: notes on them."""
     from tabulate import tabulate
 
     extra = estimates or [None] * len(cells)
@@ -226,7 +229,7 @@ def describe(cells: Sequence[Cell], estimates: Sequence[dict[str, Any] | None] |
     table = tabulate(rows, headers, tablefmt="simple", disable_numparse=True, maxcolwidths=widths)
     tasks = f"tasks: {', '.join(cells[0].tasks) or 'none'}" if cells else ""
     lines = [f"{len(cells)} cells", ", ".join(fixed), tasks, "", table]
-    return "\n".join([*lines, "", *(f"note: {note}" for note in notes(cells))]).rstrip()
+    return "\n".join([*lines, "", *(f"note: {note}" for note in (*notes(cells), *more))]).rstrip()
 
 
 @cache

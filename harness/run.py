@@ -5,12 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from methods.errors import UsageError
 
 from . import plan
 from .plan import Cell
+
+TRAINING = (
+    "training comes on top where the cache lacks its artifact, and densities of a method share most of it: the tokens "
+    "are the most that it reads, the time is that of a record of the like in {out} (?: not known)."
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("run measures in one process: only `prepare` goes under `accelerate launch`.")
     cells = plan.build_plan(args)
     if args.dry_run:
-        print(dry_run(cells))
+        print(dry_run(cells, args.out))
         return 0
     from . import machine, models, report, store, workers
     from .cells import measure
@@ -51,17 +57,19 @@ def main(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def dry_run(cells: list[Cell]) -> str:
-    """The plan as a table, with the cost of a decoded token and a rough time per cell."""
-    from .session import estimate, seconds
+def dry_run(cells: list[Cell], out: str) -> str:
+    """The plan as a table, with the cost of a decoded token, a rough time per cell, and what its training takes."""
+    from . import store
+    from .session import estimate, seconds, training
 
+    records = store.load(out) if Path(out).expanduser().is_dir() else []
     columns: list[dict[str, Any] | None] = []
-    shapes: dict[tuple[str, str], Any] = {}
     for cell in cells:
         if cell.not_applicable:
             columns.append(None)
             continue
         column = estimate(cell)
-        shapes[cell.model, cell.dtype] = shape = column.pop("_shape")
-        columns.append({**column, "about [s]": f"{seconds(cell, shape):.0f}"})
-    return plan.describe(cells, columns)
+        about = seconds(cell, column.pop("_shape"))
+        columns.append({**column, "about [s]": f"{about:.0f}", **training(cell, records)})
+    trains = any("training [s]" in (column or ()) for column in columns)
+    return plan.describe(cells, columns, [TRAINING.format(out=out)] if trains else [])

@@ -329,3 +329,23 @@ def seconds(cell: Cell, shape: cost.Shape) -> float:
         tokens = 3 * max(cell.context, min(SYNTHETIC_TEXTS * cell.context, SYNTHETIC_TOKENS))
     fixed = 4.0 if cell.device == "cpu" else 20.0  # decode steps; on a GPU also graph capture and compilation
     return fixed + 2 * (shape.dense + shape.head) * tokens / rate
+
+
+def training(cell: Cell, records: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Columns for `--dry-run`: what a method that trains reads, and how long it took by the newest record of the like.
+
+    Tokens alone tell no time: as many take the routers of one method a second, and of another minutes.
+    """
+    method, spec = create(cell.method, cell.options), models.resolve(cell.model)
+    trained = method.training == "trained" and cell.weights != "synthetic"
+    if not trained or artifacts.shipped(spec, method, cell.density, cell.seed):
+        return {}
+    configuration = models.config(spec)
+    tokens = method.budget(configuration) * artifacts.window_of(configuration)
+    alike = {"model": cell.model, "method": cell.method, "options": cell.options, "dtype": cell.dtype}
+    taken = ["?"]
+    for record in records:
+        prepared = record.get("prepare") or {}
+        if prepared.get("device") == cell.device.split(":")[0] and alike.items() <= record["cell"].items():
+            taken.append(f"{prepared['seconds']:.0f}")
+    return {"training [Mtokens]": f"{tokens / 1e6:.2f}" if tokens else "?", "training [s]": taken[-1]}

@@ -106,6 +106,10 @@ class Method:
         """One sentence when a model with this config cannot have this density, else None."""
         return None
 
+    def budget(self, config: Any) -> int:
+        """Windows of text that training reads for one density, at most."""
+        return 0
+
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:

@@ -113,6 +113,10 @@ class D2dmoe(Method):
     def skips(self, config: Any) -> tuple[str, ...]:
         return (*self.sites, "q", "k", "v", "o") if self.options.projections else self.sites
 
+    def budget(self, config: Any) -> int:
+        options = self.options
+        return options.steps * options.batch + options.windows * (1 + options.projections)
+
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:

@@ -127,6 +127,9 @@ class Dejavu(Method):
     def skips(self, config: Any) -> tuple[str, ...]:
         return self._parts()
 
+    def budget(self, config: Any) -> int:
+        return self.options.windows
+
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:

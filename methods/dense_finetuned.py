@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .artifact import Artifact
 from .base import Attachment, Data, Method, Progress, silent
@@ -42,6 +42,9 @@ class DenseFinetuned(Method):
     fidelity = "the baseline of fine-tuned methods: same text, loop, rate and storage of weight differences"
     Options = DenseFinetunedOptions
     options: DenseFinetunedOptions
+
+    def budget(self, config: Any) -> int:
+        return self.options.steps * self.options.batch
 
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent

@@ -98,6 +98,11 @@ class Lte(Method):
 
         return why_no_experts(self.name, config, self.options.expert_size)
 
+    def budget(self, config: Any) -> int:
+        options = self.options
+        trials = 1 if options.eta else options.trials
+        return options.batch * (trials * options.stage1_steps + options.stage2_steps)
+
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:

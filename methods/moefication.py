@@ -90,6 +90,10 @@ class Moefication(Method):
             )
         return None
 
+    def budget(self, config: Any) -> int:
+        relu = self._variant(config) == "relufied"
+        return self.options.windows + relu * self.options.relu_steps * self.options.batch
+
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:

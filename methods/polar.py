@@ -108,6 +108,9 @@ class Polar(Method):
 
         return no_groups(self.name, density, heads_of(config)[1])
 
+    def budget(self, config: Any) -> int:
+        return self.options.windows
+
     def prepare(
         self, model: PreTrainedModel, data: Data, densities: Sequence[float | None], progress: Progress = silent
     ) -> Iterator[Artifact]:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from harness import latency, plan, session, workers
+from harness import cli, latency, plan, session, store, workers
 from harness.plan import Cell
 from methods import families
 from methods.errors import UsageError
+from tests.harness.fabricated import record
 
 SYNTHETIC = ["--model", "opt-125m", "--weights", "synthetic", "--device", "cpu"]
 
@@ -259,6 +260,26 @@ def test_describe_shows_cells_and_estimates() -> None:
     text = plan.describe(made, [{"GFLOP/token": "1.23"}, *[None] * (len(made) - 1)])
     assert f"{len(made)} cells" in text and "1.23" in text and "allocation=uniform" in text and "GFLOP/token" in text
     assert "model opt-125m" in text and "batch" in text
+
+
+def test_a_dry_run_tells_what_is_trained(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def training(out: Path, named: str, *more: str) -> list[list[str]]:
+        """The training of each cell but dense and null."""
+        arguments = ["run", "--dry-run", "--methods", "lte,teal", "--density", "0.5", "--device", "cpu"]
+        assert cli.main([*arguments, "--model", named, "--out", str(out), *more]) == 0
+        text = capsys.readouterr().out
+        assert ("comes on top" in text) == ("training" in text.splitlines()[4])
+        return [line.split()[6:] for line in text.splitlines() if line.startswith(("lte", "teal"))]
+
+    assert training(tmp_path / "none", tiny) == [["6.14", "?"], ["-", "-"]]
+    taken = record("lte", 0.6, model=tiny, dtype="float32", prepare={"seconds": 61.2, "tokens": 9, "device": "cpu"})
+    for changes in ({}, {"prepare": {"seconds": 5.0, "tokens": 9, "device": "cuda"}}):
+        store.append(tmp_path, taken | changes)
+    store.append(tmp_path, record("lte", 0.5, model=tiny, options={"lr": 0.1}))
+    assert training(tmp_path, tiny) == [["6.14", "61"], ["-", "-"]]
+    assert training(tmp_path, "reference") == [[], []]  # its artifacts come with it
+    assert training(tmp_path, "reference", "--seed", "1") == [["6.14", "?"], ["-", "-"]]
+    assert training(tmp_path, tiny, "--weights", "synthetic") == [[], []]
 
 
 def test_source_hash_sees_code_and_not_presentation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,15 @@ def test_sparsify_is_reversible_bit_for_bit(model: torch.nn.Module, spec: str) -
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_training_reads_no_more_than_its_budget(spec: str) -> None:
+    method, model = parse(spec), llama()
+    budget = method.budget(model.config) * data().calibration.shape[1]
+    assert (budget > 0) == (method.training == "trained")
+    if budget:
+        assert budget / 2 < prepare(model, spec).manifest["tokens"] <= budget
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_artifact_survives_disk(model: torch.nn.Module, spec: str, tmp_path: Path) -> None:
     artifact, ids = prepare(model, spec), windows(2)
     loaded = load_artifact(str(artifact.save_pretrained(tmp_path / "a")))
