@@ -9,9 +9,10 @@ from math import log
 from typing import Any
 
 from ..rows import Group, Row
-from .style import CROWDED, FRONT, NULL, first_word, legend, method, plain, styles, titled, variant
+from .style import CROWDED, FRONT, NULL, first_word, legend, plain, styles, titled, variant
 
 DENSITY = "realised density of the blocks' linear weights"
+OTHERS = ", other options"
 
 Value = Callable[[Row], "float | None"]
 
@@ -74,19 +75,20 @@ def with_panels(groups: Sequence[Group]) -> list[tuple[Group, list[Panel]]]:
 
 
 def pareto(parts: list[tuple[Group, list[Panel]]]) -> Any:
-    """A table's panels side by side, without controls; where variants are many, each method's best alone."""
+    """A table's panels side by side, without controls, and a line per method and options; where variants are many, one
+    per method, and of its other options marks where they are better."""
     from matplotlib import pyplot as plt
 
     columns = max(len(found) for _, found in parts)
     size = (4.6 * columns + 2.2, 3.9 * len(parts))
     figure, axes = plt.subplots(len(parts), columns, figsize=size, squeeze=False, layout="constrained")
     tables = [[row for row in group.rows if not row.control] for group, _ in parts]
-    names = [method if len({variant(row) for row in rows}) > CROWDED else variant for rows in tables]
+    names = [_names(rows) for rows in tables]
     named_rows = [(name, row) for rows, name in zip(tables, names, strict=True) for row in rows]
-    everywhere = styles({name(row) for name, row in named_rows if not row.is_baseline}, first_word)
+    everywhere = styles({name(row).removesuffix(OTHERS) for name, row in named_rows if not row.is_baseline}, first_word)
     for line, (group, found), rows, name in zip(axes, parts, tables, names, strict=True):
         for axis, panel in zip(line, found, strict=False):
-            _draw(axis, _best(rows, panel) if name is method else rows, panel, name, rows, everywhere)
+            _draw(axis, _shown(rows, panel, name), panel, name, rows, everywhere)
         for axis in line[len(found) :]:
             axis.set_visible(False)
         legend(line[len(found) - 1], line)
@@ -138,15 +140,23 @@ def _edge(rows: Sequence[Row], panel: Panel) -> list[tuple[float, float]]:
     return front([(x, y) for x, y, _ in _points(able, panel)], panel.larger)
 
 
-def _best(rows: Sequence[Row], panel: Panel) -> list[Row]:
-    """The rows on their own method's front, from left to right, and the baselines."""
-    kept: list[Row] = []
-    for name in dict.fromkeys(row.method for row in rows):
-        own = [row for row in rows if row.method == name]
-        edge = _edge(own, panel)
-        found = [point for point in _points(own, panel) if point[:2] in edge or point[2].is_baseline]
-        kept += [row for *_, row in sorted(found, key=lambda point: point[:2])]
-    return kept
+def _names(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """What a row's line is called: the variant, or that of its method which stands for the others where they are many:
+    the default options, or those with the most densities."""
+    if len({variant(row) for row in rows}) <= CROWDED:
+        return variant
+    count = Counter(map(variant, rows))
+    main: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: (not row.options, count[variant(row)])):
+        main[row.method] = row
+    return lambda row: variant(main[row.method]) + (OTHERS if row.options != main[row.method].options else "")
+
+
+def _shown(rows: Sequence[Row], panel: Panel, name: Callable[[Row], str]) -> list[Row]:
+    """All but the other options that are not on their own method's front."""
+    edges = {m: _edge([row for row in rows if row.method == m], panel) for m in {row.method for row in rows}}
+    points = _points(rows, panel)
+    return [row for x, y, row in points if not name(row).endswith(OTHERS) or (x, y) in edges[row.method]]
 
 
 def _draw(
@@ -163,6 +173,8 @@ def _draw(
         series.setdefault(name(point[2]), []).append(point)
     steps = _edge(behind, panel)
     axis.step(*zip(*steps, strict=True), where="post", color=FRONT, linewidth=5, alpha=0.5, label="Pareto front")
+    if any(label.endswith(OTHERS) for label in series):
+        axis.plot([], [], "o", color=NULL, markerfacecolor="none", markersize=4, label=OTHERS[2:])
     for label, found in series.items():
         xs, ys = [x for x, _, _ in found], [y for _, y, _ in found]
         if label == "dense":
@@ -170,6 +182,9 @@ def _draw(
             axis.axhline(ys[0], color="black", linewidth=0.6, linestyle=":", zorder=0)
         elif label == "null":
             axis.plot(xs, ys, "x", color=NULL, markersize=8, label=label, zorder=3)
+        elif label.endswith(OTHERS):
+            colour, marker = looks[label.removesuffix(OTHERS)]
+            axis.plot(xs, ys, marker, color=colour, markerfacecolor="none", markersize=4, zorder=2)
         else:
             colour, marker = looks[label]
             line = "--" if found[0][2].control else "-"

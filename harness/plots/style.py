@@ -15,7 +15,7 @@ from ..rows import LORA, Row
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#882255", "#999933", "#000000")
 MARKERS = "osD^vPX"
 FRONT, NULL = "#bbbbbb", "#777777"
-CROWDED = 9  # variants above which a panel shows each method's best alone, or a method has panels of its own
+CROWDED = 9  # variants above which a method has one line in a panel, or panels of its own
 BESIDE = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
 
 
@@ -42,10 +42,6 @@ def styles(series: Iterable[str], kind: Callable[[str], str] = str) -> dict[str,
         for j, name in enumerate([key, *(name for name in of_kind[key] if name != key)]):
             found[name] = COLOURS[i % n], MARKERS[(i + i // n + j) % len(MARKERS)]
     return found
-
-
-def method(row: Row) -> str:
-    return row.method
 
 
 def variant(row: Row) -> str:

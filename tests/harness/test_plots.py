@@ -61,18 +61,39 @@ def test_a_registered_method_looks_the_same_whatever_stands_beside_it() -> None:
     assert lora[0] == looks["lte"][0] and lora[1] != looks["lte"][1]
 
 
-@pytest.mark.parametrize("variants", [1, style.CROWDED])
-def test_a_crowded_panel_shows_each_methods_best_and_none_a_control(variants: int) -> None:
+def drawn(records: list[Any]) -> dict[str, tuple[list[float], str, str]]:
+    """Of each line of a table's first Pareto panel: bytes read per token in MB, line style and fill."""
     from matplotlib import pyplot as plt
 
-    cells = [record("moefication", 0.5, options={"split": str(i)}, key=f"m{i}") for i in range(variants)]
-    cells.append(record("lte", 0.5, key="lte"))
-    cells.append(record("moefication", 0.5, options={"selector": "oracle"}, key="control"))
-    (found,) = rows.group([record(), *cells])
+    (found,) = rows.group(records)
     figure = plots.quality.pareto([(found, plots.quality.panels(found)[:1])])
-    labels = set(figure.axes[0].get_legend_handles_labels()[1])
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
     plt.close(figure)
-    assert labels == {"Pareto front", "dense", "lte", "moefication (split=0)" if variants == 1 else "moefication"}
+    return {
+        str(name): (sorted(line.get_xdata()), line.get_linestyle(), line.get_markerfacecolor())
+        for name, line in lines.items()
+    }
+
+
+@pytest.mark.parametrize("variants", [1, style.CROWDED])
+def test_a_line_is_one_method_with_one_set_of_options_and_never_a_control(variants: int) -> None:
+    cells = [record("moefication", d, key=f"m{d}") for d in (0.7, 0.5)]
+    for i in range(variants):  # half the bytes for the same quality: on the method's front, where the default is not
+        better = record("moefication", 0.6, options={"split": str(i)}, key=f"v{i}")
+        better["cost"]["decode"]["bytes"] /= 2
+        cells.append(better)
+    cells.append(record("lte", 0.5, options={"lr": 1.0}, key="lte"))
+    cells.append(record("moefication", 0.5, options={"selector": "oracle"}, key="control"))
+    found = drawn([record(), *cells])
+    own = found["moefication"]
+    assert own[0] == [7.0, 9.8] and own[1] == "-" and found["lte (lr=1.0)"][0] == [7.0]
+    if variants == 1:
+        assert found["moefication (split=0)"][0] == [4.2] and "other options" not in found
+    else:
+        assert found["other options"][1:] == ("None", "none")
+        assert not any("split" in name or "selector" in name for name in found)
+        (marks,) = (line for name, line in found.items() if name.startswith("_child") and line[2] == "none")
+        assert marks == ([pytest.approx(4.2)] * variants, "None", "none")
 
 
 def test_times_of_machines_of_a_kind_share_a_panel_as_ratios() -> None:
