@@ -98,13 +98,19 @@ def traced(groups: Sequence[Group]) -> list[Setting]:
 
 
 def bars(parts: list[Setting]) -> Any:
-    """A stacked bar per method, by class of kernel, in units of the dense step."""
+    """A panel per setting, of a stacked bar per method, by class of kernel, in units of the dense step."""
     from matplotlib import pyplot as plt
 
-    heights = [1.1 + 0.26 * len(part.rows) for part in parts]
-    size = (8.5, sum(heights) + 0.3)
-    figure, axes = plt.subplots(len(parts), 1, figsize=size, squeeze=False, layout="constrained", height_ratios=heights)
-    for part, axis in zip(parts, axes[:, 0], strict=True):
+    columns = min(2, len(parts))
+    lines = [parts[i : i + columns] for i in range(0, len(parts), columns)]
+    most = [max(len(part.rows) for part in line) for line in lines]
+    heights = [0.9 + 0.2 * n for n in most]
+    size = (7.0 * columns + 1.2, sum(heights) + 0.3)
+    grid: dict[str, Any] = dict(figsize=size, squeeze=False, layout="constrained", height_ratios=heights)
+    figure, axes = plt.subplots(len(lines), columns, **grid)
+    for axis in axes.flat[len(parts) :]:
+        axis.set_visible(False)
+    for part, axis in zip(parts, axes.flat, strict=False):
         dense = [row.part("latency")["median"] / (share_of_dense(row) or 1) for row in part.rows]
         left = [0.0] * len(part.rows)
         for name, colour in zip(part.rows[0].breakdown, cycle((*COLOURS[:6], FRONT)), strict=False):
@@ -113,11 +119,12 @@ def bars(parts: list[Setting]) -> Any:
             left = [a + b for a, b in zip(left, widths, strict=True)]
         axis.axvline(1, color="black", linewidth=0.6, linestyle=":")
         axis.set_yticks(range(len(part.rows)), [row.name for row in part.rows])
-        axis.invert_yaxis()
         axis.set_xlabel("decode step ÷ fastest dense")
         axis.spines[["top", "right"]].set_visible(False)
         titled(axis, 100, f"{part.title}, {part.where}")
-    legend(axes[0, 0], [axes[0, 0]])
+    for line, beside, n in zip(lines, axes, most, strict=True):
+        legend(beside[len(line) - 1], beside[:1])  # at every height of a tall picture
+        plt.setp(beside, ylim=(n - 0.4, -0.6))  # from the top, bars of one height
     return figure
 
 

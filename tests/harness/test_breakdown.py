@@ -89,3 +89,20 @@ def test_the_report_has_a_table_and_bars(tmp_path: Path) -> None:
     assert {f.name for f in files} == {
         f"{name}.{kind}" for name in ("pareto", "time", "breakdown") for kind in ("png", "svg")
     }
+
+
+def test_every_line_of_bars_has_a_legend_and_bars_of_one_height() -> None:
+    from matplotlib import pyplot as plt
+
+    records = [record(name, d, context=c, key=f"{name}{d}{c}") for c in range(1, 17) for name, d in (("dense", None),
+               *(("teal", n / 10) for n in range(1, 2 + c % 9)))]  # fmt: skip
+    for each in records:
+        each["latency"]["breakdown"] = {"ms": {"selection": 0.25, "linears": 1.5}, "kernels": 9}
+    figure = plots.time.bars(plots.time.traced(rows.group(records)))
+    width, height = figure.get_size_inches()
+    lines = [figure.axes[i : i + 2] for i in range(0, 16, 2)]
+    plt.close(figure)
+    assert height < 2 * width
+    for line in lines:
+        assert sum(axis.get_legend() is not None for axis in line) == 1
+        assert len({axis.get_ylim() for axis in line}) == 1
