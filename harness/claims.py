@@ -35,7 +35,7 @@ not edit.
 - **reproduced**: the claimed number is reached on one of the paper's models, and the quality that the claim states was
   measured and holds. GPUs differ from the papers' in most rows; what differs is always said.
 - **partly**: reached on another model or with random weights, whose quality is unknown; or at least half of the claimed
-  gain is reached. A speed-up counts only if its interval over the fastest dense runner is above 1, whatever it is over.
+  gain is reached. A speed-up counts only if the cell is *faster* than the fastest dense runner, whatever it is over.
 - **not reproduced**: measured on one of the paper's models, and less than that.
 - **fell short on another model**: the same on another model alone, which refutes nothing, but supports nothing either.
 - **not measured**: no record here is within the claim's setting; the reason is given.
@@ -256,7 +256,7 @@ def _verdict(claim: Claim, row: Row, value: stats.Interval) -> str:
 
 def _gains(row: Row) -> bool:
     """Whether skipping gains time at all. Over a weak baseline a dense runner can gain as much without it."""
-    return row.speedup is not None and row.speedup.low > 1
+    return row.speedup is not None and stats.verdict((row.speedup.low, row.speedup.high)) == "faster"
 
 
 def _remarks(claim: Claim, row: Row) -> Iterable[str]:
