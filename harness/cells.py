@@ -18,8 +18,18 @@ if TYPE_CHECKING:
     from .session import Session
 
 
+LOST = (
+    "{} left a GPU that fails every further call of this process: the same command goes on, in a new one, with the "
+    "cells that are left, and tries this one last."
+)
+FRAMES = 30  # of a traceback, the last ones, that a record keeps
+
+
 def measure(cells: list[Cell], source: str, here: str, quiet: bool = False) -> Iterator[dict[str, Any]]:
-    """A record per cell, as soon as it is known; one model is in memory at a time."""
+    """A record per cell, as soon as it is known; one model is in memory at a time.
+
+    Raises DeviceLost after the record of a cell that left no working device for the next ones.
+    """
     from . import machine
     from .progress import Display
 
@@ -46,6 +56,8 @@ def measure(cells: list[Cell], source: str, here: str, quiet: bool = False) -> I
                 record["seconds"] = round(perf_counter() - start, 2)
                 record |= {"machine": machine.describe(cell.device), **result}
                 yield record
+                if record["status"] == "failed" and not machine.answers(cell.device):
+                    raise machine.DeviceLost(LOST.format(cell.label))
             if session is not None:
                 session.close()
 
@@ -72,6 +84,6 @@ def _measure_cell(
     except Exception as error:  # out of memory, a kernel that does not compile: recorded, and the next cell goes on
         import traceback
 
-        text = "".join(traceback.format_exception(error)[-3:])
+        text = "".join(traceback.format_exception(error, limit=-FRAMES))
         display.say(f"  {cell.label} failed: {type(error).__name__}: {error}")
         return {"status": "failed", "error": f"{type(error).__name__}: {error}", "traceback": text}, session

@@ -155,6 +155,8 @@ class Bench:
                 events = breakdown.trace(runner)
             return {"runner": runner.name, **breakdown.breakdown(events, breakdown.STEPS)}
         except Exception as error:  # a driver may refuse to be traced, or lose kernels
+            if not machine.answers(self.device):
+                raise
             notes.append(f"no breakdown of {runner.name}: {type(error).__name__}: {str(error)[:200]}")
             return None
 

@@ -174,6 +174,23 @@ def _uuid(properties: Any) -> str:
     return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
 
 
+class DeviceLost(Exception):
+    """The device fails every further call of this process: one sentence, and how the other cells are measured."""
+
+
+def answers(device: str) -> bool:
+    """Whether a device still serves this process: after a kernel read memory that is not its own, CUDA never does."""
+    if not device.startswith("cuda"):
+        return True
+    import torch
+
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def watch(device: str) -> dict[str, Any] | None:
     """What may disturb a timed run, at this moment: `throttle` reasons, `processes` of others, `sm_clock` [MHz].
 

@@ -36,8 +36,9 @@ def main(args: argparse.Namespace) -> int:
 
     store.ensure_writable(args.out)
     source, here = plan.source_hash(), machine.identity(cells[0].device)
-    done = set() if args.force else store.done_keys(args.out)
+    done, failing = (set(), set()) if args.force else store.known_keys(args.out)
     pending = [cell for cell in cells if cell.cell_key(source, here) not in done]
+    pending.sort(key=lambda cell: cell.cell_key(source, here) in failing)  # what may end the run again goes last
     for model, device, dtype in dict.fromkeys((c.model, c.device, c.dtype) for c in pending if not c.not_applicable):
         models.require_memory(models.resolve(model), device, dtype)  # of the last model too, before the first's cells
     for note in plan.notes(cells):
@@ -49,9 +50,12 @@ def main(args: argparse.Namespace) -> int:
         failed = workers.measure(pending, args.out, source, here, args.workers)
     else:
         failed = 0
-        for record in measure(pending, source, here):
-            store.append(args.out, record)
-            failed += record["status"] == "failed"
+        try:
+            for record in measure(pending, source, here):
+                store.append(args.out, record)
+                failed += record["status"] == "failed"
+        except machine.DeviceLost as lost:
+            print(lost, file=sys.stderr)
     report.build(args.out)
     report.show(args.out)
     return 1 if failed else 0

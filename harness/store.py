@@ -92,10 +92,13 @@ def load(out: str | Path) -> list[Record]:
     return records
 
 
-def done_keys(out: str | Path) -> set[str]:
-    """Keys of cells that need no other run: measured or not applicable. Failed cells are tried again."""
+def known_keys(out: str | Path) -> tuple[set[str], set[str]]:
+    """Keys of cells that need no other run, measured or not applicable, and of those that failed: they are tried again,
+    after all others."""
     folder = Path(out).expanduser()
-    return {r["key"] for r in load(folder) if r["status"] in FINISHED} if folder.is_dir() else set()
+    records = load(folder) if folder.is_dir() else []
+    done = {r["key"] for r in records if r["status"] in FINISHED}
+    return done, {r["key"] for r in records} - done
 
 
 def place(record: Record) -> str:

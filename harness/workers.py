@@ -64,12 +64,15 @@ def _work(cells: list[Cell], out: str, source: str, here: str, threads: int) -> 
     """In a process of its own: what failed, in words."""
     import torch
 
-    from . import store
+    from . import machine, store
 
     torch.set_num_threads(threads)
     lost = []
-    for cell, record in zip(cells, one_by_one(cells, source, here, quiet=True), strict=True):
-        store.append(out, record)
-        if record["status"] == "failed":
-            lost.append(f"{cell.label} failed: {record['error']}")
+    try:
+        for cell, record in zip(cells, one_by_one(cells, source, here, quiet=True), strict=True):
+            store.append(out, record)
+            if record["status"] == "failed":
+                lost.append(f"{cell.label} failed: {record['error']}")
+    except machine.DeviceLost as ended:
+        lost.append(str(ended))
     return lost

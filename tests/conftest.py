@@ -8,7 +8,10 @@ and only the tests that ask for the kernels (tests/kernels) interpret them.
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
+import numpy
 import pytest
 import torch
 
@@ -44,17 +47,55 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
             interpreter._patch_lang(function)
         interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
 
+
+def check_memory(setattr: Callable[[Any, str, Any], None]) -> None:
+    """From now on every interpreted load, store and atomic must stay within a tensor that its kernel was given.
+
+    A GPU reports only what leaves the memory of the process, and then at some later call.
+    """
+    builder, executor = interpreter.InterpreterBuilder, interpreter.GridExecutor
+    prepare, kernel, given = executor._init_args_hst, "", numpy.empty((0, 2), numpy.uint64)
+
+    def launched(self: Any, *arguments: Any) -> Any:
+        nonlocal kernel, given
+        found = prepare(self, *arguments)
+        tensors = [t for t in (*found[0], *found[1].values()) if isinstance(t, torch.Tensor) and t.numel()]
+        extents = [1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors]
+        ranges = [(t.data_ptr(), t.data_ptr() + e * t.element_size()) for t, e in zip(tensors, extents, strict=True)]
+        kernel, given = self.fn.__name__, numpy.array(ranges, numpy.uint64).reshape(-1, 2)
+        return found
+
+    def checked(name: str, mask_at: int) -> Callable[..., Any]:
+        function = getattr(builder, name)
+
+        def access(self: Any, *arguments: Any) -> Any:
+            pointer = next(a for a in arguments if hasattr(a, "get_element_ty"))
+            size = numpy.uint64(interpreter._get_np_dtype(pointer.get_element_ty()).itemsize)
+            begin = pointer.data[numpy.broadcast_to(arguments[mask_at].data, pointer.data.shape)].reshape(-1, 1)
+            inside = ((begin >= given[:, 0]) & (begin + size <= given[:, 1])).any(1)
+            assert inside.all(), f"{kernel}: {name} leaves every tensor that it was given"
+            return function(self, *arguments)
+
+        return access
+
+    setattr(executor, "_init_args_hst", launched)
+    for name, mask_at in (("create_masked_load", 1), ("create_masked_store", 2), ("create_atomic_rmw", 3)):
+        setattr(builder, name, checked(name, mask_at))
+
+
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits
 
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> str:
-    """The device on which operators run their kernels in this test, every `torch.empty` full of poison."""
+    """The device on which operators run their kernels in this test, every `torch.empty` full of poison, and without a
+    GPU every access checked."""
     triton = pytest.importorskip("triton")
     if not torch.cuda.is_available():
         if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7):
             pytest.skip("Triton 3.6's interpreter fails on loops with run-time bounds under numpy 2.4 and later.")
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        check_memory(monkeypatch.setattr)
     empty = torch.empty
 
     def poisoned(*args, **kwargs):

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
@@ -257,3 +257,23 @@ def test_energy_is_per_token_between_ticks_of_the_counter(monkeypatch: pytest.Mo
     assert found is not None and found["joules_per_token"] == pytest.approx(0.6 / steps / 2)
     assert found["watts"] > 0 and latency.energy(runner, None) is None
     assert latency.energy(runner, lambda: 7, seconds=0.01) is None  # never ticked
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_trace_that_costs_the_device_is_no_note(answers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profiler that fails leaves a note; one that leaves no working device would fail whatever comes next."""
+
+    def failing(runner: Any) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(latency.breakdown, "trace", failing)
+    monkeypatch.setattr(latency.machine, "answers", lambda device: answers)
+    bench = object.__new__(latency.Bench)
+    bench.gpu, bench.device = True, "cuda"
+    notes: list[str] = []
+    handle: Any = SimpleNamespace(sparse=nullcontext, dense=nullcontext)
+    bench.dense, bench.quantised = [], []
+    runner: Any = SimpleNamespace(name="sparse runtime")
+    with nullcontext() if answers else pytest.raises(RuntimeError, match="illegal"):
+        assert bench._breakdown(handle, [runner], notes) is None
+        assert "illegal memory access" in notes[0]

@@ -18,7 +18,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from harness import cli, fidelity, latency, store, workers
+from harness import cli, fidelity, latency, machine, store, workers
 from harness.cells import measure
 from harness.plan import add_run_arguments, build_plan
 from methods import load_artifact
@@ -192,17 +192,26 @@ def test_modes_batches_and_contexts_multiply_into_cells(
     assert prefill["decode"]["flops"] == prefill["decode"]["flops_dense"] > prefill["all"]["flops"]
 
 
-def test_a_failing_method_leaves_the_others_alone(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_failing_method_leaves_the_others_alone(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: bool
+) -> None:
+    """Also where CUDA then fails every call of the process: they are measured by the next run, which tries it last."""
     from methods.teal import Teal
 
     def broken(self: Teal, attachment: Any) -> None:
         raise RuntimeError("a kernel that does not compile")
 
     monkeypatch.setattr(Teal, "attach", broken)
+    monkeypatch.setattr(machine, "answers", lambda device: not lost)
     arguments = command(model, tmp_path, "--tasks", "none", "--density", "0.5")
     assert cli.main(arguments) == 1
+    assert ("the same command goes on" in capsys.readouterr().err) == lost
+    assert ("lte 0.5" in by_method(tmp_path)) != lost
+    assert not lost or (cli.main(arguments) == 1 and store.load(tmp_path)[-1]["cell"]["method"] == "teal")
     found = by_method(tmp_path)
     assert found["teal 0.5"]["status"] == "failed" and "does not compile" in found["teal 0.5"]["error"]
+    assert all(f"in {place}" in found["teal 0.5"]["traceback"] for place in ("_measure_cell", "broken"))
     assert found["lte 0.5"]["status"] == "ok"
     assert "does not compile" in (tmp_path / "LEADERBOARD.md").read_text()
     monkeypatch.undo()
