@@ -9,7 +9,7 @@ from math import log
 from typing import Any
 
 from ..rows import Group, Row
-from .style import CROWDED, FRONT, NULL, first_word, legend, plain, styles, titled, variant
+from .style import FRONT, NULL, first_word, fullest, legend, plain, styles, titled, variant
 
 DENSITY = "realised density of the blocks' linear weights"
 OTHERS = ", other options"
@@ -141,15 +141,9 @@ def _edge(rows: Sequence[Row], panel: Panel) -> list[tuple[float, float]]:
 
 
 def _names(rows: Sequence[Row]) -> Callable[[Row], str]:
-    """What a row's line is called: the variant, or that of its method which stands for the others where they are many:
-    the default options, or those with the most densities."""
-    if len({variant(row) for row in rows}) <= CROWDED:
-        return variant
-    count = Counter(map(variant, rows))
-    main: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: (not row.options, count[variant(row)])):
-        main[row.method] = row
-    return lambda row: variant(main[row.method]) + (OTHERS if row.options != main[row.method].options else "")
+    """What a row's line is called: the variant, or that of its method which stands for the others."""
+    main = fullest(rows)
+    return lambda row: variant(row) if variant(row) in main.values() else main[row.method] + OTHERS
 
 
 def _shown(rows: Sequence[Row], panel: Panel, name: Callable[[Row], str]) -> list[Row]:

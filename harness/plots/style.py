@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from textwrap import wrap
 from typing import Any
@@ -46,6 +46,15 @@ def styles(series: Iterable[str], kind: Callable[[str], str] = str) -> dict[str,
 
 def variant(row: Row) -> str:
     return f"{row.method} ({row.options})" if row.options else row.method
+
+
+def fullest(rows: Sequence[Row]) -> dict[str, str]:
+    """By method, the variant that stands for it where variants are many: the one of the most densities, if several
+    have as many the default options. Where they are few, every one stands for itself, by its own name."""
+    cells = Counter(map(variant, rows))
+    if len(cells) <= CROWDED:
+        return {name: name for name in cells}
+    return {row.method: variant(row) for row in sorted(rows, key=lambda row: (cells[variant(row)], not row.options))}
 
 
 def first_word(name: str) -> str:

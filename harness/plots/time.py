@@ -12,7 +12,7 @@ from typing import Any
 from ..grids import Grid
 from ..machine import kind
 from ..rows import LORA, Group, Row, order
-from .style import COLOURS, CROWDED, FRONT, MARKERS, NULL, first_word, legend, plain, styles, titled, variant
+from .style import COLOURS, FRONT, MARKERS, NULL, first_word, fullest, legend, plain, styles, titled, variant
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def share_of_dense(row: Row) -> float | None:
 
 def over_bytes(parts: list[Setting]) -> Any:
     """A panel per setting: time over bytes, both ÷ dense. On the diagonal a step takes as much less time as it reads
-    less. Where variants are many, those with options are left out."""
+    less. Where variants are many, one stands for its method."""
     from matplotlib import pyplot as plt
 
     columns = min(3, len(parts))
@@ -63,9 +63,9 @@ def over_bytes(parts: list[Setting]) -> Any:
         axis.set_visible(False)
     everywhere = styles({variant(row) for part in parts for row in part.rows if not row.is_baseline}, first_word)
     for axis, part in zip(axes.flat, parts, strict=False):
-        crowded = len({variant(row) for row in part.rows}) > CROWDED
-        rows = [row for row in part.rows if not (crowded and row.options)]
-        points = [(share, y, row) for row in rows if (share := row.bytes_share) and (y := share_of_dense(row))]
+        points = [(share, y, row) for row in part.rows if (share := row.bytes_share) and (y := share_of_dense(row))]
+        main = set(fullest([row for *_, row in points]).values())
+        points = [point for point in points if variant(point[2]) in main]
         axis.axline((0, 0), (1, 1), color=FRONT, linewidth=1.5, label="as the bytes")
         axis.axhline(1, color="black", linewidth=0.6, linestyle=":", zorder=0)
         for name in dict.fromkeys(variant(row) for *_, row in points):

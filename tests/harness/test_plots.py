@@ -94,6 +94,10 @@ def test_a_line_is_one_method_with_one_set_of_options_and_never_a_control(varian
         assert not any("split" in name or "selector" in name for name in found)
         (marks,) = (line for name, line in found.items() if name.startswith("_child") and line[2] == "none")
         assert marks == ([pytest.approx(4.2)] * variants, "None", "none")
+    cells += [record("moefication", d, options={"split": "0"}, key=f"w{d}") for d in (0.8, 0.4)]
+    if variants > 1:  # now that one has more densities than the default options
+        found = drawn([record(), *cells])
+        assert len(found["moefication (split=0)"][0]) == 3 and "moefication" not in found
 
 
 def test_times_of_machines_of_a_kind_share_a_panel_as_ratios() -> None:
