@@ -34,7 +34,7 @@ KERNEL_TOLERANCE = 0.01  # nats per token; see `kernel_tolerance`
 
 class BlockErrors(NamedTuple):
     """output: mean relative error of what a block adds to the residual stream. reads: the largest relative difference
-    of how many units kernels and masks say they read, over the sites, each without its worst block and step."""
+    of how many units kernels and masks say they read, over the sites."""
 
     output: float
     reads: float
@@ -249,9 +249,6 @@ def block_check(
             block.step.mask = True
             block.module.forward = both_ways(block)
         teacher_forced(model, handle, window, steps)
-    # But for the block and step that differ most: where a threshold is about zero, rounding decides whether a whole
-    # layer of ReLU's zeros is read.
-    kept = (sorted(pairs, key=lambda pair: abs(pair[1] - pair[0]))[:-1] or pairs for pairs in reads.values())
-    sums = [[sum(side) for side in zip(*pairs, strict=True)] for pairs in kept]
+    sums = [[sum(side) for side in zip(*pairs, strict=True)] for pairs in reads.values()]
     differences = (abs(fast - masked) / max(1, masked) for masked, fast in sums)
     return BlockErrors(float(torch.stack(errors).mean()), max(differences, default=0.0))

@@ -62,9 +62,9 @@ class Spark(Method):
     fidelity = (
         "native, on a model trained with it: the paper's FFN and attention (or Gemma 3n's FFN), same output as the "
         "model; the scaling of attention scores is not published and ours; mask, output and soft, on other models: "
-        "post-hoc variants of ours, not the paper's method, which trains from scratch; statistics in float32, "
-        "multipliers calibrated on dense activations, so that the density of sparse ones can differ (if by more than "
-        "0.01, it is noted)"
+        "post-hoc variants of ours, not the paper's method, which trains from scratch (mask and output never read what "
+        "meets a zero of ReLU); statistics in float32, multipliers calibrated on dense activations, so that the "
+        "density of sparse ones can differ (if by more than 0.01, it is noted)"
     )
     Options = SparkOptions
     options: SparkOptions
@@ -107,7 +107,9 @@ class Spark(Method):
         for artifact in self._artifacts(model, windows, densities, progress):
             reached = realised(model, artifact, windows)
             if artifact.density is not None:
-                artifact.manifest["notes"] += missed(artifact.density, reached, self._why_missed(model.config))
+                artifact.manifest["notes"] += missed(
+                    artifact.density, reached, self._why_missed(model.config, reached < artifact.density)
+                )
             artifact.manifest.update(
                 corpus=data.corpus,
                 tokens=windows.numel(),
@@ -155,7 +157,11 @@ class Spark(Method):
             return self.options.variant
         return "mask" if built_in(config) is None else "native"
 
-    def _why_missed(self, config: Any) -> str:
+    def _why_missed(self, config: Any, below: bool) -> str:
+        from .families import is_relu
+
+        if below and is_relu(config) and VARIANTS[self._variant(config)][0] != "value":
+            return "what ReLU leaves at zero is not read"
         if built_in(config) is None and self.options.multiplier == "calibrated":
             return "multipliers are calibrated on dense activations"
         return "multipliers are those of normal scores"

@@ -19,10 +19,10 @@ class GateFirstFFN(SparseLayer):
     """FFN in which a neuron goes on where its score is at least mean + multiplier * deviation of the token's scores.
 
     With u = first(x), first being gate, or up if ungated, scores are "value": u, "magnitude": |act(u)|, or "output":
-    |h|, h being the whole hidden layer. soft (with "value"): what goes on is act(u - limit) instead of act(u). split:
-    0, or r if gate reads x[..., :r] and up x[..., r:]. multiplier: None for a dense FFN, -inf for everything. native:
-    the model was trained with this selection, so that dense positions have it too. x: [..., d]. The first matrix is
-    read whole; skipped are the rows of up (except with "output") and of down.
+    |h|, h being the whole hidden layer; of these two a zero never goes on. soft (with "value"): what goes on is
+    act(u - limit) instead of act(u). split: 0, or r if gate reads x[..., :r] and up x[..., r:]. multiplier: None for a
+    dense FFN, -inf for everything. native: the model was trained with this selection, so that dense positions have it
+    too. x: [..., d]. The first matrix is read whole; skipped are the rows of up (except with "output") and of down.
 
     Sources: Spark Transformer (arXiv 2506.06644), statistical top-k and Spark FFN (soft, split); Gemma 3n (soft);
     CATS (arXiv 2404.08763) for magnitudes. Raises ValueError for an unknown score or what does not go with it.
@@ -95,6 +95,8 @@ class GateFirstFFN(SparseLayer):
         score = self.scores(x, u)
         limit = statistical_threshold(score, self.multiplier, self.soft)
         keep = score > limit if self.soft and math.isfinite(self.multiplier) else score >= limit
+        if self.score != "value":
+            keep &= score > 0
         shown = keep if active is False else self.mask(keep)
         if self.native:
             shown = keep

@@ -114,8 +114,10 @@ def multipliers(
         x = args[0].reshape(-1, window, args[0].shape[-1])[:, 1 if last is None else -last :]
         score = layer.scores(x, layer.first(x))
         std, mean = torch.std_mean(score, -1, correction=0, keepdim=True)
-        # Of the exponential, because the histogram is one of magnitudes: its bins are then 0.004 wide in z.
-        found[layer.layer].add(((score - mean) / std.clamp(min=1e-12)).clamp(-80, 80).exp())
+        z = ((score - mean) / std.clamp(min=1e-12)).clamp(-80, 80)
+        if layer.score != "value":  # no zero is kept, so none is worth a higher threshold
+            z = z.masked_fill(score == 0, -80)
+        found[layer.layer].add(z.exp())  # the histogram is one of magnitudes: its bins are then 0.004 wide in z
 
     with handle.dense(), _hooks([layer.register_forward_pre_hook(listen) for layer in layers]):
         for start in range(0, len(windows), batch):

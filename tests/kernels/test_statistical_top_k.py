@@ -81,6 +81,19 @@ def test_statistical_top_k_keeps_about_k_and_scales_with_its_input(device):
     assert torch.allclose(scaled, 4 * value, atol=1e-5)
 
 
+@pytest.mark.parametrize("multiplier", [-math.inf, -2.0, 0.5])
+@pytest.mark.parametrize("block", [128, 2048])
+def test_what_an_activation_leaves_at_zero_is_not_selected(kernel, device, block, multiplier):
+    """However low the threshold: two of these three are below zero."""
+    torch.manual_seed(0)
+    score = torch.randn(3, 1500, device=device) - 1
+    value, limit, index, count = kernel.statistical_top_k(score, multiplier, False, "relu", True, Scan(block, 4))
+    expected, wanted, *listed = naive.statistical_top_k(score.double(), multiplier, False, "relu", True)
+    assert torch.allclose(value.double(), expected) and torch.allclose(limit.double(), wanted.double(), rtol=1e-5)
+    assert same((index, count), listed) and int(count) == int((value != 0).any(0).sum())
+    assert multiplier > 0 or torch.equal(value, score.relu())
+
+
 def test_statistical_top_k_is_that_of_gemma_3n(device):
     gate = torch.randn(3, 500, device=device)
     mean, std = gate.mean(-1, keepdim=True), gate.std(-1, keepdim=True, unbiased=False)

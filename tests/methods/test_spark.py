@@ -71,6 +71,18 @@ def test_a_density_that_is_missed_is_told(monkeypatch):
     assert "those of normal scores" in prepare(llama(), "spark:multiplier=gaussian", 0.5).manifest["notes"][0]
 
 
+@pytest.mark.parametrize("variant", ["mask", "output"])
+def test_what_a_relu_leaves_at_zero_is_never_read(variant):
+    """Where more is asked for than is not zero, what is left is the dense model for less."""
+    model, ids = opt(), windows(2)
+    artifact = prepare(model, f"spark:variant={variant}", 0.9)
+    (note,) = artifact.manifest["notes"]
+    assert note.endswith("what ReLU leaves at zero is not read") and 0.3 < artifact.manifest["density"] < 0.7
+    dense = model(input_ids=ids).logits
+    with sparsify(model, artifact, "all"):
+        assert torch.equal(model(input_ids=ids).logits, dense)
+
+
 def test_less_density_strays_further():
     model, ids = llama(), windows(4)
     dense = model(input_ids=ids).logits

@@ -159,6 +159,8 @@ def statistical_kernel(
         v = respond(v, ACTIVATION) if MAGNITUDE else v
         if not SOFT:
             keep = (tl.abs(v) if MAGNITUDE else v) >= limit
+        if MAGNITUDE:
+            keep &= v != 0
         v = v if MAGNITUDE else respond(v, ACTIVATION)
         tl.store(value + b * K + k, tl.where(keep, v, 0.0).to(value.dtype.element_ty), mask=k < K)
         tl.store(mark + b * K + k, keep.to(tl.int8), mask=k < K)

@@ -87,12 +87,14 @@ def statistical_top_k(
     """What of score [B, K] is above mean + multiplier * std of its row: (act(value), threshold [B], index, count).
 
     soft: value less the threshold, else what reaches it, always the largest; magnitude: the scores are |act(score)|
-    instead of score.
+    instead of score, and zeros are not selected.
     """
     v, act = wide(score), ACTIVATIONS.get(activation, RESPONSES["identity"])
     ranked = act(v).abs() if magnitude else v
     limit = statistical_threshold(ranked, multiplier, soft)
     keep = ranked > limit if soft else ranked >= limit
+    if magnitude:
+        keep &= ranked > 0
     kept = torch.where(limit == -float("inf"), v, v - limit) if soft else v
     return torch.where(keep, act(kept), 0).to(score.dtype), limit[:, 0].float(), *union(keep)
 

@@ -153,7 +153,8 @@ def statistical_top_k(
     where scores are not normally distributed; -inf selects everything and subtracts nothing, inf selects nothing.
     The deviation divides by K; both statistics are float32. activation: act, "identity" or one of ACTIVATIONS. soft:
     value = act(score - threshold) where score > threshold, else value = act(score) where score >= threshold; 0
-    elsewhere. magnitude (not soft): what is compared, and whose statistics count, is |act(score)| instead of score.
+    elsewhere. magnitude (not soft): what is compared, and whose statistics count, is |act(score)| instead of score,
+    and what it leaves at zero is not selected, however low the threshold: it adds nothing.
     The largest score of a row limits a finite threshold that is not soft, so that the largest is always selected, and
     all of equal scores are; soft leaves 0 of those, up to rounding.
     Returns (value [B, K] in score's dtype, threshold float32 [B], index int32 [K], count int32 [1]): the list is of
