@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
 from time import perf_counter
@@ -16,6 +17,7 @@ from .plan import Cell
 if TYPE_CHECKING:
     from .progress import Display
     from .session import Session
+    from .store import Record
 
 
 LOST = (
@@ -25,10 +27,13 @@ LOST = (
 FRAMES = 30  # of a traceback, the last ones, that a record keeps
 
 
-def measure(cells: list[Cell], source: str, here: str, quiet: bool = False) -> Iterator[dict[str, Any]]:
+def measure(
+    cells: list[Cell], source: str, here: str, known: Collection[Record] = (), quiet: bool = False
+) -> Iterator[Record]:
     """A record per cell, as soon as it is known; one model is in memory at a time.
 
-    Raises DeviceLost after the record of a cell that left no working device for the next ones.
+    known: records whose task scores may be taken over (`scored`). Raises DeviceLost after the record of a cell that
+    left no working device for the next ones.
     """
     from . import machine
     from .progress import Display
@@ -38,12 +43,21 @@ def measure(cells: list[Cell], source: str, here: str, quiet: bool = False) -> I
     def same_model(cell: Cell) -> tuple[Any, ...]:
         return cell.model, cell.weights, cell.device, cell.dtype, cell.corpus, cell.seed, cell.limit
 
+    def scored(cell: Cell) -> list[Record]:
+        """Of the same cell, in any batch and context and timed or not: by the same code and files, on this machine."""
+        found = []
+        for record in known:
+            own = {name: record["cell"].get(name, True) for name in ("batch", "context", "timed")}
+            if record["status"] == "ok" and record["key"] == replace(cell, **own).cell_key(source, here):
+                found.append(record)
+        return found
+
     with Display([0.1 if cell.not_applicable else 1.0 for cell in cells], quiet) as display:
         for _, group in groupby(cells, same_model):
             session: Session | None = None
             together = list(group)
             for cell in together:
-                record: dict[str, Any] = {
+                record: Record = {
                     "key": cell.cell_key(source, here),
                     "time": datetime.now(UTC).isoformat(timespec="seconds"),
                     "cell": cell.to_dict(),
@@ -52,7 +66,7 @@ def measure(cells: list[Cell], source: str, here: str, quiet: bool = False) -> I
                 }
                 start = perf_counter()
                 with display.cell(cell.label):
-                    result, session = _measure_cell(cell, together, session, display)
+                    result, session = _measure_cell(cell, together, session, display, scored)
                 record["seconds"] = round(perf_counter() - start, 2)
                 record |= {"machine": machine.describe(cell.device), **result}
                 yield record
@@ -63,15 +77,19 @@ def measure(cells: list[Cell], source: str, here: str, quiet: bool = False) -> I
 
 
 def _measure_cell(
-    cell: Cell, together: list[Cell], session: Session | None, display: Display
-) -> tuple[dict[str, Any], Session | None]:
+    cell: Cell,
+    together: list[Cell],
+    session: Session | None,
+    display: Display,
+    scored: Callable[[Cell], list[Record]],
+) -> tuple[Record, Session | None]:
     """The result of one cell; a failure becomes part of the record, so that the other cells still run."""
     if cell.not_applicable:
         return {"status": "not-applicable", "error": cell.not_applicable}, session
     from .session import Session
 
     if session is None:
-        session = Session(together, display)  # what is wrong with its files is found here, and ends the run
+        session = Session(together, display, scored)  # what is wrong with its files is found here, and ends the run
     try:
         result = session.measure(cell)
         for kind in ("notes", "warnings"):

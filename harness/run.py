@@ -36,9 +36,10 @@ def main(args: argparse.Namespace) -> int:
 
     store.ensure_writable(args.out)
     source, here = plan.source_hash(), machine.identity(cells[0].device)
-    done, failing = (set(), set()) if args.force else store.known_keys(args.out)
-    pending = [cell for cell in cells if cell.cell_key(source, here) not in done]
-    pending.sort(key=lambda cell: cell.cell_key(source, here) in failing)  # what may end the run again goes last
+    known = {} if args.force else store.by_key(args.out)
+    status = {cell: known.get(cell.cell_key(source, here), {}).get("status") for cell in cells}
+    pending = [cell for cell in cells if status[cell] not in store.FINISHED]
+    pending.sort(key=lambda cell: status[cell] == "failed")  # what may end the run again goes last
     for model, device, dtype in dict.fromkeys((c.model, c.device, c.dtype) for c in pending if not c.not_applicable):
         models.require_memory(models.resolve(model), device, dtype)  # of the last model too, before the first's cells
     for note in plan.notes(cells):
@@ -51,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     else:
         failed = 0
         try:
-            for record in measure(pending, source, here):
+            for record in measure(pending, source, here, known.values()):
                 store.append(args.out, record)
                 failed += record["status"] == "failed"
         except machine.DeviceLost as lost:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from sparse_kernels.meter import Union
 from . import artifacts, checks, cost, fidelity, latency, models, prefill
 from .corpus import Corpus, load_corpus, token_windows
 from .plan import Cell
+from .store import Record
 
 WINDOW = 1024  # tokens per perplexity window, or what the model can hold
 EVALUATION_BATCH = 8  # fixed, because in low precision results depend on it; it is in every record
@@ -34,6 +35,7 @@ class Quality:
     fidelity: dict[str, Any] | None
     items: dict[str, list[float]]
     accuracy: dict[str, Any]
+    scored_in: str | None  # the record whose scores these are, if they were there already
     counts: dict[tuple[str, int], list[Tensor]]
     together: dict[tuple[str, int], Union]
 
@@ -41,15 +43,18 @@ class Quality:
 class Session:
     """Measures the cells of one model, weights, device and dtype."""
 
-    def __init__(self, cells: Sequence[Cell], progress: Progress) -> None:
-        """cells: all that this session will measure; they agree on model, weights, device, dtype, corpus and seed."""
+    def __init__(
+        self, cells: Sequence[Cell], progress: Progress, scored: Callable[[Cell], Sequence[Record]] = lambda cell: ()
+    ) -> None:
+        """cells: all that this session will measure; they agree on model, weights, device, dtype, corpus and seed.
+        scored: records of a cell, whose task scores hold for the same artifact."""
         self.cells, cell = cells, cells[0]
         spec = models.resolve(cell.model)
         progress(f"loading {cell.model}", 0, 1)
         weights = "synthetic" if cell.weights == "synthetic" else "real"
         self.loaded = models.load(spec, weights, cell.device, cell.dtype, cell.seed)
         self.model = self.loaded.model
-        self.progress = progress
+        self.progress, self.scored = progress, scored
         self.device = next(self.model.parameters()).device
         self.synthetic = self.loaded.weights_kind == "synthetic"
         self.shape = cost.Shape.of(self.model)
@@ -140,6 +145,7 @@ class Session:
             "accuracy": quality.accuracy,
             "items": quality.items,
             "evaluation_batch": EVALUATION_BATCH,
+            "scored_in": quality.scored_in,
             "latency": timing,
         }
 
@@ -257,12 +263,15 @@ class Session:
             return self._quality[key]
         if self.synthetic:
             self._count_synthetic(handle, cell.context)
-            quality = Quality(None, {}, {}, dict(handle.meter.counts), dict(handle.meter.together))
+            quality = Quality(None, {}, {}, None, dict(handle.meter.counts), dict(handle.meter.together))
         else:
             block, items = self._fidelity(handle)
             counted = dict(handle.meter.counts), dict(handle.meter.together)
             scores: dict[str, Any] = {}
-            if cell.tasks:
+            known = self._known_scores(cell) if cell.tasks else None
+            if known is not None:
+                scores, items = known["accuracy"], known["items"] | items
+            elif cell.tasks:
                 from .accuracy import evaluate
 
                 self.progress("tasks", 0, 1)
@@ -278,10 +287,14 @@ class Session:
                     self.corpus,
                 )
                 items = {**items, **answers}
-            quality = Quality(block, items, scores, *counted)
+            quality = Quality(block, items, scores, None if known is None else known["key"], *counted)
         checks.reported_density(self.model, handle, self.windows[:4, :1].to(self.device))
         self._quality[key] = quality
         return quality
+
+    def _known_scores(self, cell: Cell) -> Record | None:
+        digest = self.artifact(cell).hash
+        return next((record for record in self.scored(cell) if record["artifact"]["hash"] == digest), None)
 
     @torch.inference_mode()
     def _count_synthetic(self, handle: SparseModel, context: int) -> None:

@@ -92,13 +92,11 @@ def load(out: str | Path) -> list[Record]:
     return records
 
 
-def known_keys(out: str | Path) -> tuple[set[str], set[str]]:
-    """Keys of cells that need no other run, measured or not applicable, and of those that failed: they are tried again,
-    after all others."""
+def by_key(out: str | Path) -> dict[str, Record]:
+    """The newest record of every cell that has one; once it is finished (measured, or not applicable), such a one."""
     folder = Path(out).expanduser()
     records = load(folder) if folder.is_dir() else []
-    done = {r["key"] for r in records if r["status"] in FINISHED}
-    return done, {r["key"] for r in records} - done
+    return {r["key"]: r for r in sorted(records, key=lambda r: r["status"] in FINISHED)}
 
 
 def place(record: Record) -> str:

@@ -2,66 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from harness import cli, fidelity, latency, machine, store, workers
-from harness.cells import measure
-from harness.plan import add_run_arguments, build_plan
+from harness import cli, fidelity, latency, store
 from methods import load_artifact
+from tests.harness.small_run import by_method, command
 
-METHODS = "teal:allocation=uniform,lte:stage1_steps=2:stage2_steps=1:trials=1:batch=2"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A Llama of random weights with its own tokenizer, saved as transformers saves models."""
-    folder = tmp_path_factory.mktemp("model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    specials = ["<pad>", "<s>", "</s>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(["def f(self):\n    return self\n"] * 4, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    fast.save_pretrained(folder)
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(fast), max_position_embeddings=128, initializer_range=0.2, tie_word_embeddings=True,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tmp_path_factory.getbasetemp() / "artifact-cache"  # one for the module: artifacts are made once
-    monkeypatch.setenv("ACTIVATION_SPARSITY_CACHE", str(base))
-
-
-def command(model: str, out: Path, *more: str) -> list[str]:
-    return ["run", "--model", model, "--methods", METHODS, "--limit", "8", "--out", str(out), *more]
-
-
-def by_method(out: Path) -> dict[str, dict[str, Any]]:
-    return {f"{r['cell']['method']} {r['cell']['density']}": r for r in store.load(out)}
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_a_run_ends_in_a_leaderboard(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,57 +42,6 @@ def test_a_run_ends_in_a_leaderboard(model: str, tmp_path: Path, capsys: pytest.
     assert cli.main(["report", "--check", "--out", str(tmp_path)]) == 1
 
 
-def test_a_killed_run_loses_nothing_and_repeats_nothing(model: str, tmp_path: Path) -> None:
-    arguments = [sys.executable, "-m", "harness", *command(model, tmp_path, "--tasks", "none")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while not (tmp_path / "records.jsonl").exists() or len(store.load(tmp_path)) < 2:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    with (tmp_path / "records.jsonl").open("a") as file:
-        file.write('{"key": "torn')  # what a kill in the middle of a write leaves
-    before = [r["key"] for r in store.load(tmp_path)]
-    subprocess.run(arguments, env=environment, check=True, capture_output=True)
-    keys = [r["key"] for r in store.load(tmp_path)]
-    assert keys[: len(before)] == before and len(keys) == len(set(keys)) == 6
-    again = subprocess.run(arguments, env=environment, check=True, capture_output=True, text=True)
-    assert "6 of 6 cells are done already" in again.stderr and [r["key"] for r in store.load(tmp_path)] == keys
-
-
-def test_a_resumed_cell_equals_an_uninterrupted_one(model: str, tmp_path: Path) -> None:
-    """KL and agreement need the dense model's outputs, which a resumed run has to make again."""
-    parser = argparse.ArgumentParser()
-    add_run_arguments(parser)
-    cells = build_plan(parser.parse_args(command(model, tmp_path, "--tasks", "none")[1:]))
-    whole = {r["cell"]["method"]: r for r in measure(cells, "source", "here")}
-    alone = next(iter(measure([c for c in cells if c.method == "teal"][-1:], "source", "here")))
-    for block in ("fidelity", "cost", "density", "items"):
-        assert alone[block] == whole["teal"][block]
-
-
-def test_processes_share_the_cells_without_latency(
-    model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """In other processes and another order, the same numbers."""
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    more = ["--no-latency", "--tasks", "none", "--seed", "0,1", "--density", "0.5"]
-    for out, number in ((alone, "1"), (shared, "2")):
-        arguments = command(model, out, *more, "--workers", number)
-        arguments[4] = "teal:allocation=uniform"
-        assert cli.main(arguments) == 0
-    assert "[6/6]" in capsys.readouterr().err
-    expected, found = ({r["key"]: r for r in store.load(out)} for out in (alone, shared))
-    assert found.keys() == expected.keys() and len(found) == 6
-    assert {r["cell"]["seed"] for r in found.values()} == {0, 1}
-    for key, record in found.items():
-        assert record["status"] == "ok" and not record["latency"]
-        assert record["fidelity"] == pytest.approx(expected[key]["fidelity"], rel=1e-4, abs=1e-6)
-    assert (shared / "LEADERBOARD.md").is_file()
-
-
 def test_no_cell_is_measured_where_the_last_model_exceeds_the_memory(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,22 +50,6 @@ def test_no_cell_is_measured_where_the_last_model_exceeds_the_memory(
     monkeypatch.setattr(os, "sysconf", lambda name: 2**15)
     assert cli.main(arguments) == 2 and not store.load(tmp_path)
     assert "error: llama2-70b needs 257.0 GiB in float32" in capsys.readouterr().err
-
-
-def test_a_process_tells_which_cells_failed(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACTIVATION_SPARSITY_CACHE", str(tmp_path / "file"))
-    (tmp_path / "file").write_text("where a folder should be: nothing can be prepared")
-    parser = argparse.ArgumentParser()
-    add_run_arguments(parser)
-    arguments = command(model, tmp_path / "out", "--no-latency", "--tasks", "none")
-    arguments[4] = "teal:allocation=uniform"
-    cells = build_plan(parser.parse_args(arguments[1:]))
-    threads = torch.get_num_threads()
-    lost = workers._work(cells, str(tmp_path / "out"), "source", "here", threads)
-    assert [text.split(" on ")[0] for text in lost] == [f"teal:allocation=uniform {d}" for d in (0.7, 0.5)]
-    assert all("set ACTIVATION_SPARSITY_CACHE to another folder" in text for text in lost)
-    status = {name: record["status"] for name, record in by_method(tmp_path / "out").items()}
-    assert status == {"dense None": "ok", "null None": "ok", "teal 0.7": "failed", "teal 0.5": "failed"}
 
 
 def test_modes_batches_and_contexts_multiply_into_cells(
@@ -190,33 +77,6 @@ def test_modes_batches_and_contexts_multiply_into_cells(
             assert density["union"] >= density["model"] - 0.1
     prefill = {r["cell"]["mode"]: r["cost"]["prefill"] for r in teal if r["cell"]["context"] == 32}
     assert prefill["decode"]["flops"] == prefill["decode"]["flops_dense"] > prefill["all"]["flops"]
-
-
-@pytest.mark.parametrize("lost", [False, True])
-def test_a_failing_method_leaves_the_others_alone(
-    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], lost: bool
-) -> None:
-    """Also where CUDA then fails every call of the process: they are measured by the next run, which tries it last."""
-    from methods.teal import Teal
-
-    def broken(self: Teal, attachment: Any) -> None:
-        raise RuntimeError("a kernel that does not compile")
-
-    monkeypatch.setattr(Teal, "attach", broken)
-    monkeypatch.setattr(machine, "answers", lambda device: not lost)
-    arguments = command(model, tmp_path, "--tasks", "none", "--density", "0.5")
-    assert cli.main(arguments) == 1
-    assert ("the same command goes on" in capsys.readouterr().err) == lost
-    assert ("lte 0.5" in by_method(tmp_path)) != lost
-    assert not lost or (cli.main(arguments) == 1 and store.load(tmp_path)[-1]["cell"]["method"] == "teal")
-    found = by_method(tmp_path)
-    assert found["teal 0.5"]["status"] == "failed" and "does not compile" in found["teal 0.5"]["error"]
-    assert all(f"in {place}" in found["teal 0.5"]["traceback"] for place in ("_measure_cell", "broken"))
-    assert found["lte 0.5"]["status"] == "ok"
-    assert "does not compile" in (tmp_path / "LEADERBOARD.md").read_text()
-    monkeypatch.undo()
-    assert cli.main(arguments) == 0  # only the failed cell is tried again
-    assert [r["status"] for r in store.load(tmp_path)].count("ok") == 4
 
 
 def test_controls_have_no_latency_and_collapsed_routers_are_told(

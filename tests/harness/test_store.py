@@ -40,11 +40,13 @@ def test_round_trip_in_order(tmp_path: Path) -> None:
     assert store.load(tmp_path / "new" / "folder")[0]["schema"] == store.SCHEMA
 
 
-def test_failed_cells_are_known_as_such_until_they_have_a_result(tmp_path: Path) -> None:
-    assert store.known_keys(tmp_path / "absent") == (set(), set())
-    for key, status in (("a", "ok"), ("b", "failed"), ("c", "not-applicable"), ("d", "failed"), ("d", "ok")):
+def test_cells_are_known_by_their_newest_record_once_finished_by_that(tmp_path: Path) -> None:
+    assert store.by_key(tmp_path / "absent") == {}
+    told = (("a", "ok"), ("b", "failed"), ("c", "not-applicable"), ("d", "failed"), ("d", "ok"), ("d", "failed"))
+    for key, status in told:
         store.append(tmp_path, entry(key, status))
-    assert store.known_keys(tmp_path) == ({"a", "c", "d"}, {"b"})
+    found = {key: record["status"] for key, record in store.by_key(tmp_path).items()}
+    assert found == {"a": "ok", "b": "failed", "c": "not-applicable", "d": "ok"}
 
 
 def test_not_a_number_becomes_null(tmp_path: Path) -> None:
@@ -98,7 +100,7 @@ def test_damage_in_the_middle_is_an_error(tmp_path: Path) -> None:
 def test_json_that_is_no_record_is_an_error(line: str, end: str, tmp_path: Path) -> None:
     """Also as the last line: what a kill leaves of a record is no JSON object."""
     (tmp_path / store.FILE).write_text(f"{json.dumps(entry('a'))}\n{line}{end}")
-    for read in (store.load, store.known_keys):
+    for read in (store.load, store.by_key):
         with pytest.raises(UsageError, match="line 2 of .* is not a record"):
             read(tmp_path)
 
