@@ -71,7 +71,8 @@ def check_memory(setattr: Callable[[Any, str, Any], None]) -> None:
         def access(self: Any, *arguments: Any) -> Any:
             pointer = next(a for a in arguments if hasattr(a, "get_element_ty"))
             size = numpy.uint64(interpreter._get_np_dtype(pointer.get_element_ty()).itemsize)
-            begin = pointer.data[numpy.broadcast_to(arguments[mask_at].data, pointer.data.shape)].reshape(-1, 1)
+            mask = numpy.broadcast_to(arguments[mask_at].data.astype(bool), pointer.data.shape)
+            begin = pointer.data[mask].reshape(-1, 1)
             inside = ((begin >= given[:, 0]) & (begin + size <= given[:, 1])).any(1)
             assert inside.all(), f"{kernel}: {name} leaves every tensor that it was given"
             return function(self, *arguments)
