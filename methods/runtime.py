@@ -30,7 +30,7 @@ from sparse_kernels import (
 )
 from sparse_kernels.attention.launch import one_launch
 from sparse_kernels.heads import SelectiveHeads
-from sparse_kernels.layers import FAST_ROWS, ExpertFFN, SparseLayer, SparseLinear
+from sparse_kernels.layers import FAST_ROWS, ExpertFFN, SparseLayer, SparseLinear, TransposedLinear
 from sparse_kernels.neuron_ffn.launch import takes_rows
 
 from .errors import UsageError
@@ -73,7 +73,7 @@ class Projection:
         self.layers: list[Any] = [m if getattr(m, "threshold", None) is not None else None for m in modules]
         self.heads = modules[0] if isinstance(modules[0], SelectiveHeads) else None
         for module in modules:
-            if isinstance(module, SparseLinear):  # its own transposed copy would be a second one
+            if isinstance(module, TransposedLinear):  # its own transposed copy would be a second one
                 module.release()
         self.widths = [linear.out_features for linear in linears]
         weights = [linear.weight.detach() for linear in linears]

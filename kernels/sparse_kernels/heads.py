@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from . import threshold_linear
 from .input_linear.launch import CROSSOVER
 from .launch import crowded
-from .layers import SparseLayer
+from .layers import TransposedLinear
 from .meter import Meter, Phase
 from .selectors import Selector
 
 
-class SelectiveHeads(SparseLayer):
+class SelectiveHeads(TransposedLinear):
     """An output projection that takes exact zeros from all heads but the chosen ones.
 
     A unit is a KV group with all its query heads, which without sharing is one head. K and V are computed and cached
@@ -28,18 +28,16 @@ class SelectiveHeads(SparseLayer):
     """
 
     threshold: Tensor | None
-    weight_t: Tensor
 
     def __init__(
         self, linear: nn.Linear, groups: int, selector: Selector | None, layer: int, phase: Phase, meter: Meter
     ) -> None:
-        super().__init__("heads", layer, phase, meter)
+        super().__init__(linear, "heads", layer, phase, meter)
         if linear.in_features % groups or (selector is not None and selector.units != groups):
             raise ValueError(f"{groups} groups do not divide {linear.in_features} channels as the selector has it")
-        self.linear, self.groups, self.selector = linear, groups, selector
+        self.groups, self.selector = groups, selector
         # Channels of a head that is left out are exactly zero: nothing else is.
         self.register_buffer("threshold", None if selector is None else torch.zeros(1, device=linear.weight.device))
-        self.weight_t = torch.empty(0)
         if selector is not None:
             selector.match(linear.weight)
             self.density = selector.k / groups if selector.rule == "top-k" else None
@@ -63,10 +61,6 @@ class SelectiveHeads(SparseLayer):
     def read(self) -> Tensor | None:
         found = super().read  # channels
         return None if found is None else -(-found * self.groups // self.linear.in_features)
-
-    def materialize(self) -> None:
-        if not self.weight_t.numel():
-            self.weight_t = self.linear.weight.detach().t().contiguous()
 
     def fast(self, x: Tensor) -> bool:
         return self.selector is not None and self.selector.fast and super().fast(x)

@@ -121,28 +121,15 @@ class SparseLayer(nn.Module, ABC):
         return keep | ~positions.unsqueeze(-1)
 
 
-class SparseLinear(SparseLayer):
-    """y = W s(x) + b with s(x) = x where |x| > threshold, else 0; columns of W at zeroed channels are not read.
+class TransposedLinear(SparseLayer):
+    """A linear layer whose fast path reads it transposed, from a copy of its own unless somebody else holds one."""
 
-    Source: TEAL (arXiv 2408.14690), section 4. x: [..., K]; threshold: float32 [1]; returns [..., N].
-    """
-
-    threshold: Tensor
     weight_t: Tensor
 
-    def __init__(self, linear: nn.Linear, threshold: Tensor, site: str, layer: int, phase: Phase, meter: Meter) -> None:
+    def __init__(self, linear: nn.Linear, site: str, layer: int, phase: Phase, meter: Meter) -> None:
         super().__init__(site, layer, phase, meter)
         self.linear = linear
-        own = threshold.detach().to(linear.weight.device, torch.float32, copy=True)  # layers are given the same tensor
-        self.register_buffer("threshold", own.reshape(1))
         self.weight_t = torch.empty(0)
-
-    @property
-    def units(self) -> int:
-        return self.linear.in_features
-
-    def linears(self) -> dict[str, nn.Linear]:
-        return {self.site: self.linear}
 
     def materialize(self) -> None:
         if not self.weight_t.numel():
@@ -151,6 +138,27 @@ class SparseLinear(SparseLayer):
     def release(self) -> None:
         """Forgets the transposed weights, until they are needed again."""
         self.weight_t = self.weight_t.new_empty(0)
+
+
+class SparseLinear(TransposedLinear):
+    """y = W s(x) + b with s(x) = x where |x| > threshold, else 0; columns of W at zeroed channels are not read.
+
+    Source: TEAL (arXiv 2408.14690), section 4. x: [..., K]; threshold: float32 [1]; returns [..., N].
+    """
+
+    threshold: Tensor
+
+    def __init__(self, linear: nn.Linear, threshold: Tensor, site: str, layer: int, phase: Phase, meter: Meter) -> None:
+        super().__init__(linear, site, layer, phase, meter)
+        own = threshold.detach().to(linear.weight.device, torch.float32, copy=True)  # layers are given the same tensor
+        self.register_buffer("threshold", own.reshape(1))
+
+    @property
+    def units(self) -> int:
+        return self.linear.in_features
+
+    def linears(self) -> dict[str, nn.Linear]:
+        return {self.site: self.linear}
 
     def forward(self, x: Tensor) -> Tensor:
         if self.phase.active is False:

@@ -168,17 +168,19 @@ def test_a_prompt_runs_in_its_mode_and_over_the_single_storage(make: Any, mode: 
         assert parameter.data_ptr() == address and torch.equal(parameter, value)
 
 
-def test_within_the_single_storage_there_is_one_copy_of_the_weights() -> None:
+@pytest.mark.parametrize("spec", ["null", "dejavu:parts=heads"])
+def test_within_the_single_storage_there_is_one_copy_of_the_weights(spec: str) -> None:
     model = llama()
     before = prefill.resident(model)
     assert 0 <= before - 4 * sum(p.numel() for p in model.parameters()) < 1024  # the rest is a table of the rotation
-    with attached(model, "null") as handle, handle.dense():
+    artifact = parse(spec).synthesize(model, 0.5, windows(2, 32))
+    with sparsify(model, artifact) as handle, handle.dense():
         own, wanted = prefill.resident(model), model(windows(1)).logits
         for layer in handle.layers():
             layer.materialize()  # as steps outside the runtime do
         with prefill.single_storage(model, handle):
             assert prefill.resident(model) == own  # transposed, not added
-            assert not model.model.layers[0].mlp.up_proj.linear.weight.is_contiguous()
+            assert not model.model.layers[1].self_attn.o_proj.linear.weight.is_contiguous()
             torch.testing.assert_close(model(windows(1)).logits, wanted)
     assert prefill.resident(model) == before
 
