@@ -47,8 +47,9 @@ def measure(
         """Of the same cell, in any batch and context and timed or not: by the same code and files, on this machine."""
         found = []
         for record in known:
-            own = {name: record["cell"].get(name, True) for name in ("batch", "context", "timed")}
-            if record["status"] == "ok" and record["key"] == replace(cell, **own).cell_key(source, here):
+            other = record["cell"]
+            twin = replace(cell, batch=other["batch"], context=other["context"], timed=other.get("timed", True))
+            if record["status"] == "ok" and record["key"] == twin.cell_key(source, here):
                 found.append(record)
         return found
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 from methods.errors import UsageError
@@ -67,7 +66,7 @@ def dry_run(cells: list[Cell], out: str) -> str:
     from . import store
     from .session import estimate, seconds, training
 
-    records = store.load(out) if Path(out).expanduser().is_dir() else []
+    records = store.so_far(out)
     columns: list[dict[str, Any] | None] = []
     for cell in cells:
         if cell.not_applicable:

@@ -92,11 +92,14 @@ def load(out: str | Path) -> list[Record]:
     return records
 
 
+def so_far(out: str | Path) -> list[Record]:
+    """As `load`, of a folder that a run may only be about to make."""
+    return load(out) if Path(out).expanduser().is_dir() else []
+
+
 def by_key(out: str | Path) -> dict[str, Record]:
     """The newest record of every cell that has one; once it is finished (measured, or not applicable), such a one."""
-    folder = Path(out).expanduser()
-    records = load(folder) if folder.is_dir() else []
-    return {r["key"]: r for r in sorted(records, key=lambda r: r["status"] in FINISHED)}
+    return {r["key"]: r for r in sorted(so_far(out), key=lambda r: r["status"] in FINISHED)}
 
 
 def place(record: Record) -> str:

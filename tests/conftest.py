@@ -48,7 +48,7 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
         interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
 
 
-def check_memory(setattr: Callable[[Any, str, Any], None]) -> None:
+def check_memory(patch: Callable[[Any, str, Any], None]) -> None:
     """From now on every interpreted load, store and atomic must stay within a tensor that its kernel was given.
 
     A GPU reports only what leaves the memory of the process, and then at some later call.
@@ -79,9 +79,9 @@ def check_memory(setattr: Callable[[Any, str, Any], None]) -> None:
 
         return access
 
-    setattr(executor, "_init_args_hst", launched)
+    patch(executor, "_init_args_hst", launched)
     for name, mask_at in (("create_masked_load", 1), ("create_masked_store", 2), ("create_atomic_rmw", 3)):
-        setattr(builder, name, checked(name, mask_at))
+        patch(builder, name, checked(name, mask_at))
 
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits

@@ -143,7 +143,7 @@ def _edge(rows: Sequence[Row], panel: Panel) -> list[tuple[float, float]]:
 def _names(rows: Sequence[Row]) -> Callable[[Row], str]:
     """What a row's line is called: the variant, or that of its method which stands for the others."""
     main = fullest(rows)
-    return lambda row: variant(row) if variant(row) in main.values() else main[row.method] + OTHERS
+    return lambda row: variant(row) if main.get(row.method, variant(row)) == variant(row) else main[row.method] + OTHERS
 
 
 def _shown(rows: Sequence[Row], panel: Panel, name: Callable[[Row], str]) -> list[Row]:

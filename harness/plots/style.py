@@ -50,11 +50,10 @@ def variant(row: Row) -> str:
 
 def fullest(rows: Sequence[Row]) -> dict[str, str]:
     """By method, the variant that stands for it where variants are many: the one of the most densities, if several
-    have as many the default options. Where they are few, every one stands for itself, by its own name."""
+    have as many the default options. Empty where they are few, so that every one stands for itself."""
     cells = Counter(map(variant, rows))
-    if len(cells) <= CROWDED:
-        return {name: name for name in cells}
-    return {row.method: variant(row) for row in sorted(rows, key=lambda row: (cells[variant(row)], not row.options))}
+    many = sorted(rows, key=lambda row: (cells[variant(row)], not row.options)) if len(cells) > CROWDED else ()
+    return {row.method: variant(row) for row in many}
 
 
 def first_word(name: str) -> str:

@@ -64,8 +64,8 @@ def over_bytes(parts: list[Setting]) -> Any:
     everywhere = styles({variant(row) for part in parts for row in part.rows if not row.is_baseline}, first_word)
     for axis, part in zip(axes.flat, parts, strict=False):
         points = [(share, y, row) for row in part.rows if (share := row.bytes_share) and (y := share_of_dense(row))]
-        main = set(fullest([row for *_, row in points]).values())
-        points = [point for point in points if variant(point[2]) in main]
+        main = fullest([row for *_, row in points])
+        points = [point for point in points if main.get(point[2].method, variant(point[2])) == variant(point[2])]
         axis.axline((0, 0), (1, 1), color=FRONT, linewidth=1.5, label="as the bytes")
         axis.axhline(1, color="black", linewidth=0.6, linestyle=":", zorder=0)
         for name in dict.fromkeys(variant(row) for *_, row in points):
